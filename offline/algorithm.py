@@ -1,0 +1,104 @@
+"""What every planner, policy and world model is: a module that names its data, prepares itself and gives one loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pilotwave.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from offline.store import TrajectoryStore
+    from offline.windows import Windows
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What the data looks like to an algorithm: enough to rebuild its networks without the data.
+
+    `dt` is in seconds a step; `images` maps a camera to its (height, width, channels); limits are in the task's units.
+    """
+
+    task: str
+    observation_dim: int
+    action_dim: int
+    dt: float
+    observation_names: tuple[str, ...] = ()
+    action_names: tuple[str, ...] = ()
+    action_low: tuple[float, ...] = ()
+    action_high: tuple[float, ...] = ()
+    images: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    goal_dim: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, as config.yaml keeps them."""
+        plain = asdict(self)
+        plain["images"] = {name: list(shape) for name, shape in self.images.items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> DataSpec:
+        """The inverse of `to_dict`; UserError when a field is missing or unknown."""
+        known = {f.name for f in fields(cls)}
+        for key in plain:
+            if key not in known:
+                raise nearest("field of the data spec", str(key), known)
+        missing = [name for name in ("task", "observation_dim", "action_dim", "dt") if name not in plain]
+        if missing:
+            raise UserError(f"the data spec lacks {', '.join(missing)}; a config.yaml written by training has them all")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+        values["images"] = {name: tuple(shape) for name, shape in dict(values.get("images") or {}).items()}
+        return cls(**values)
+
+
+class Algorithm(nn.Module, ABC):
+    """One algorithm: networks and normalizer as modules, a loss over windows of recorded data.
+
+    Sub-classes set `kind` ("planner", "policy" or "world_model") and `name` (as in configs/), and are decorated with
+    `register`. Construction depends on `spec` and `config` alone, so that loading a checkpoint needs no data.
+    """
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+
+    def __init__(self, spec: DataSpec, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.config = dict(config)
+
+    @abstractmethod
+    def prepare(self, store: TrajectoryStore) -> None:
+        """Fit what comes from the data (the normalizer's buffers). Called once before training, never when loading."""
+
+    @abstractmethod
+    def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
+        """Windows of `store` on `device`, columns normalized, with this algorithm's horizon, stride and padding."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss of a batch from `windows`, and scalars to log (detached). All randomness is `generator`'s."""
+
+
+_REGISTRY: dict[str, dict[str, type[Algorithm]]] = {"planner": {}, "policy": {}, "world_model": {}}
+
+A = TypeVar("A", bound=type[Algorithm])
+
+
+def register(cls: A) -> A:
+    """Class decorator: make an algorithm known by its `kind` and `name`, the only way a checkpoint can name it."""
+    if cls.kind not in _REGISTRY:
+        raise ValueError(f"{cls.__name__}.kind is '{cls.kind}'; it must be one of {', '.join(_REGISTRY)}")
+    _REGISTRY[cls.kind][cls.name] = cls
+    return cls
+
+
+def algorithms(kind: str) -> dict[str, type[Algorithm]]:
+    """The registered algorithms of a kind ("planner", "policy", "world_model"), by name."""
+    if kind not in _REGISTRY:
+        raise nearest("kind of algorithm", kind, _REGISTRY)
+    return dict(_REGISTRY[kind])
