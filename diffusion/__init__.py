@@ -1,0 +1,21 @@
+"""The mathematics of diffusion over trajectories. Knows tensors; knows nothing of robots, files or tasks."""
+
+from diffusion.denoiser import PREDICTIONS, WEIGHTINGS, Denoiser
+from diffusion.layout import Layout
+from diffusion.schedule import SCHEDULES, NoiseSchedule
+from diffusion.solvers import solver, solvers
+from diffusion.tableau import Row, Tableau, sample
+
+__all__ = [
+    "PREDICTIONS",
+    "SCHEDULES",
+    "WEIGHTINGS",
+    "Denoiser",
+    "Layout",
+    "NoiseSchedule",
+    "Row",
+    "Tableau",
+    "sample",
+    "solver",
+    "solvers",
+]

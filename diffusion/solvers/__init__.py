@@ -1,0 +1,70 @@
+"""Solvers by name: `solver("dpmpp_2m", schedule, steps=10)` is a Tableau. One file a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.layout import Layout
+from diffusion.schedule import NoiseSchedule
+from diffusion.solvers import ddim, dpmpp, runge_kutta
+from diffusion.tableau import Row, Tableau
+from pilotwave.errors import UserError, nearest
+
+# name -> (rows from the schedule and the levels (steps + 1, ...) in float64, order of convergence)
+SOLVERS: dict[str, tuple[Callable[..., list[Row]], int]] = {
+    "ddpm": (ddim.ddpm, 1),
+    "ddim": (ddim.ddim, 1),
+    "euler": (runge_kutta.euler, 1),
+    "heun": (runge_kutta.heun, 2),
+    "dpmpp_2m": (dpmpp.dpmpp_2m, 2),
+}
+
+
+def solvers() -> list[str]:
+    """The names that `solver` knows."""
+    return sorted(SOLVERS)
+
+
+def solver(
+    name: str,
+    schedule: NoiseSchedule,
+    steps: int | Sequence[float] | Tensor = 10,
+    *,
+    tokens: Tensor | None = None,
+    layout: Layout | None = None,
+    **options: Any,
+) -> Tableau:
+    """The table of a solver.
+
+    steps: how many, uniform in t from 1 to 0, or a decreasing sequence of t that ends at 0 or a small t (a tensor
+    (steps + 1, 1, horizon, groups) gives every token levels of its own). tokens (horizon, groups) in [0, 1] multiplies the
+    levels: 0 for what is known and stays as it is. A layout spreads groups over features. Options go to the solver.
+    Errors: `UserError` for unknown names and levels that do not decrease.
+    """
+    if name not in SOLVERS:
+        raise nearest("sampler", name, SOLVERS)
+    rows, order = SOLVERS[name]
+    levels = _levels(steps)
+    if tokens is not None:
+        levels = levels.reshape(-1, 1, 1, 1) * tokens.to("cpu", torch.float64)
+    if layout is not None and levels.ndim > 1 and levels.shape[-1] == len(layout.groups):
+        levels = layout.levels(levels)
+    try:
+        return Tableau(name, tuple(rows(schedule, levels, **options)), order)
+    except TypeError as error:
+        raise UserError(f"sampler '{name}' does not take these options: {', '.join(options)}") from error
+
+
+def _levels(steps: int | Sequence[float] | Tensor) -> Tensor:
+    if isinstance(steps, int):
+        if steps < 1:
+            raise UserError(f"sampler steps must be at least 1; got {steps}")
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    levels = torch.as_tensor(steps, dtype=torch.float64)
+    if len(levels) < 2 or bool((levels[1:] > levels[:-1]).any()) or bool(((levels < 0) | (levels > 1)).any()):
+        raise UserError("sampler steps must be a whole number, or at least two levels in [0, 1] that decrease")
+    return levels

@@ -1,0 +1,135 @@
+"""The denoiser: whatever the network outputs, D(x_t, t) is its estimate of the clean x_0 (idea 3), and the loss it learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.layout import Layout
+from diffusion.schedule import NoiseSchedule
+from pilotwave.errors import nearest
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network's output means. a = alpha(t), s = sigma(t), x_t = a x_0 + s eps.
+
+    `target(x_0, eps, a, s)` is what the network is trained to output, `data(x_t, out, a, s)` turns that output into
+    x_0, and `data_error(a, s)` is |d x_0 / d out|: an error of 1 in the output is that much error in the data.
+    """
+
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    data: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    data_error: Callable[[Tensor, Tensor], Tensor]
+
+
+def _norm(a: Tensor, s: Tensor) -> Tensor:
+    return torch.sqrt(a**2 + s**2)
+
+
+PREDICTIONS: dict[str, Prediction] = {
+    "data": Prediction(lambda x_0, eps, a, s: x_0, lambda x, out, a, s: out, lambda a, s: torch.ones_like(a)),
+    "noise": Prediction(lambda x_0, eps, a, s: eps, lambda x, out, a, s: (x - s * out) / a, lambda a, s: s / a),
+    # Salimans and Ho 2022; divided by (a^2 + s^2)^(1/2), which is 1 under VP and makes it EDM's preconditioning under VE
+    "v": Prediction(
+        lambda x_0, eps, a, s: (a * eps - s * x_0) / _norm(a, s),
+        lambda x, out, a, s: a / (a**2 + s**2) * x - s / _norm(a, s) * out,
+        lambda a, s: s / _norm(a, s),
+    ),
+    # flow matching's velocity eps - x_0 (Lipman et al. 2023)
+    "flow": Prediction(
+        lambda x_0, eps, a, s: eps - x_0,
+        lambda x, out, a, s: (x - s * out) / (a + s),
+        lambda a, s: s / (a + s),
+    ),
+}
+
+# Weights on the squared error of the network's output, from SNR = a^2 / s^2 and e = data_error.
+WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "plain": lambda snr, e, gamma: torch.ones_like(snr),
+    # Hang et al. 2023: min(SNR, gamma) on the data's error, whatever the output is
+    "min_snr": lambda snr, e, gamma: torch.clamp(snr, max=gamma) / e.clamp_min(1e-8) ** 2,
+}
+
+
+def broadcast_levels(t: Tensor, x: Tensor, layout: Layout | None) -> Tensor:
+    """Levels as given, (), (B,), (B, H) or (B, H, groups or features), made to broadcast against x (B, H, features)."""
+    if t.ndim == x.ndim and layout is not None and t.shape[-1] == len(layout.groups) != x.shape[-1]:
+        return layout.levels(t)
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+class Denoiser(nn.Module):
+    """D(x_t, t): (B, H, F), levels -> (B, H, F), the predicted clean data.
+
+    The network is called as `network(x, t, condition)` with x scaled to unit variance, t of shape (B, H, G) where G is
+    the number of the layout's groups, and the condition passed through. `t` may be (), (B,), (B, H), (B, H, G) or (B, H, F).
+    """
+
+    def __init__(self, network: nn.Module, schedule: NoiseSchedule, layout: Layout, prediction: str = "data") -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise nearest("prediction", prediction, PREDICTIONS)
+        self.network, self.schedule, self.layout = network, schedule, layout
+        self.prediction = PREDICTIONS[prediction]
+
+    def forward(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        a, s = self._alpha_sigma(x, t)
+        return self.prediction.data(x, self.output(x, t, a, s, condition), a, s)
+
+    def output(self, x: Tensor, t: Tensor, a: Tensor, s: Tensor, condition: Any) -> Tensor:
+        """The network's own output, in float32, for x at levels t with a = alpha, s = sigma broadcast to x."""
+        t = t.reshape(t.shape + (1,) * (3 - t.ndim)).to(x.dtype)
+        if t.shape[-1] == self.layout.features:
+            t = t[..., [self.layout[group].start for group in self.layout.groups]]
+        t = t.expand(x.shape[0], x.shape[1], len(self.layout.groups))
+        return self.network(x * torch.rsqrt(a**2 + s**2), t, condition).to(x.dtype)
+
+    def _alpha_sigma(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = broadcast_levels(t.to(x.dtype), x, self.layout)
+        return self.schedule.alpha(t), self.schedule.sigma(t)
+
+    def loss(
+        self,
+        x_0: Tensor,
+        generator: torch.Generator | None,
+        *,
+        condition: Any = None,
+        levels: Tensor | None = None,
+        clean: Tensor | None = None,
+        weighting: str = "plain",
+        gamma: float = 5.0,
+        weight: Tensor | None = None,
+        t_min: float = 1e-3,
+    ) -> Tensor:
+        """Mean squared error of the output against its target over the noisy tokens, a scalar.
+
+        x_0 (B, H, F) normalized data; levels (B,), (B, H) or (B, H, groups), uniform and stratified over the batch when
+        not given; clean (H, groups) or (B, H, groups) bool marks what is known (level 0, no loss); weight (H, F) or
+        (B, H, F) multiplies the error (the first action's weight, the mask of padding).
+        Sources: Ho et al. 2020, eq. 14; Kingma et al. 2021, appendix I (stratified t); Hang et al. 2023 (min-SNR).
+        """
+        if weighting not in WEIGHTINGS:
+            raise nearest("weighting", weighting, WEIGHTINGS)
+        batch, groups = x_0.shape[0], len(self.layout.groups)
+        if levels is None:
+            u = torch.rand((), device=x_0.device, generator=generator)
+            levels = (u + torch.arange(batch, device=x_0.device) / batch) % 1 * (1 - t_min) + t_min
+            levels = levels[torch.randperm(batch, device=x_0.device, generator=generator)]
+        t = levels.reshape(levels.shape + (1,) * (3 - levels.ndim)).expand(batch, x_0.shape[1], groups)
+        if clean is not None:
+            t = torch.where(clean, torch.zeros_like(t), t)
+        eps = torch.randn(x_0.shape, device=x_0.device, dtype=x_0.dtype, generator=generator)
+        a, s = self._alpha_sigma(x_0, t)
+        out = self.output(a * x_0 + s * eps, t, a, s, condition)
+        error = (out - self.prediction.target(x_0, eps, a, s)) ** 2
+        w = WEIGHTINGS[weighting]((a / s.clamp_min(1e-4)) ** 2, self.prediction.data_error(a, s), gamma)
+        if clean is not None:
+            w = w * self.layout.levels((~clean).to(x_0.dtype))
+        w = w.expand_as(error) if weight is None else (w * weight).expand_as(error)
+        noisy = (w > 0).sum().clamp_min(1)
+        return (w * error).sum() / noisy

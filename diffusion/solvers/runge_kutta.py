@@ -1,0 +1,44 @@
+"""Runge-Kutta methods on the probability-flow ODE (Karras et al. 2022, eq. 1 and algorithm 1).
+
+With x_hat = x / c and w = sigma / c every schedule's ODE is d x_hat / d w = (x_hat - D) / w, for c = alpha (EDM's own form) and for
+c = alpha + sigma, which stays finite where alpha(1) = 0 (under the linear flow it is the flow's own ODE, w = t). Euler's method
+is the same in both, and is DDIM with eta = 0.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diffusion.schedule import NoiseSchedule
+from diffusion.solvers._coefficients import at, hold, still
+from diffusion.solvers.ddim import ddim
+from diffusion.tableau import Row
+
+
+def euler(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
+    """x_hat_t = x_hat_s + (rho_t - rho_s) (x_hat_s - d) / rho_s."""
+    return ddim(schedule, levels)
+
+
+def heun(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
+    """Heun's second-order method; the step to sigma = 0, where the slope is not defined, is Euler's.
+
+    Two rows a step: the first evaluates d_1 at x_s and leaves x, the second evaluates d_2 at Euler's x', and
+    x_hat_t = x_hat_s + (w_t - w_s) / 2 ((x_hat_s - d_1) / w_s + (x'_hat - d_2) / w_t), which with r = w_t / w_s gathers to
+    x_t = (sigma_t / sigma_s) x_s + c_t (1 - r) (2 - 1 / r) / 2 d_1 + c_t (1 / r - 1) / 2 d_2.
+    """
+    alpha, sigma = at(schedule, levels)
+    c = alpha if bool((alpha[0] > 0).all()) else alpha + sigma
+    rows: list[Row] = []
+    for i, first_order in enumerate(euler(schedule, levels)):
+        s, t, same = levels[i], levels[i + 1], still(levels[i], levels[i + 1])
+        if bool((sigma[i + 1] <= 0).all()):
+            rows.append(first_order)
+            continue
+        r = sigma[i + 1] * c[i] / (c[i + 1] * sigma[i])
+        U_1 = c[i + 1] * (1 - r) * (2 - 1 / r) / 2
+        U_d = c[i + 1] * (1 / r - 1) / 2
+        rows.append(Row(s, s, 1.0))
+        P = (first_order.U_x, (first_order.U_d,), 0.0)
+        rows.append(Row(t, t, first_order.U_x, hold(U_d, same, 0.0), (hold(U_1, same, 0.0),), 0.0, P))
+    return rows
