@@ -1,0 +1,35 @@
+"""Networks that denoise, by name. Each is called as network(x (B, H, F), levels (B, H, G), condition (B, C) or None)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from diffusion.networks.image import ImageEncoder
+from diffusion.networks.mlp import ResidualMLP
+from diffusion.networks.temporal_unet import TemporalUNet
+from diffusion.networks.transformer import Transformer
+from pilotwave.errors import UserError, nearest
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": ResidualMLP,
+    "transformer": Transformer,
+    "unet": TemporalUNet,
+}
+
+
+def build_network(
+    name: str, features: int, horizon: int, groups: int, condition_dim: int = 0, **config: Any
+) -> nn.Module:
+    """The network called `name`; `config` are its own arguments. Errors: `UserError` for unknown names and arguments."""
+    if name not in NETWORKS:
+        raise nearest("network", name, NETWORKS)
+    try:
+        return NETWORKS[name](features, horizon, groups, condition_dim, **config)
+    except TypeError as error:
+        raise UserError(f"network '{name}': {str(error).split('__init__() ')[-1]}") from error
+
+
+__all__ = ["NETWORKS", "ImageEncoder", "ResidualMLP", "TemporalUNet", "Transformer", "build_network"]

@@ -1,0 +1,23 @@
+"""Noise levels as features."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class LevelEmbedding(nn.Module):
+    """Levels t (..., groups) in [0, 1] -> (..., width): sinusoids of 1000 t a group (Vaswani et al. 2017), then a small MLP."""
+
+    def __init__(self, groups: int, width: int, frequencies: int = 32) -> None:
+        super().__init__()
+        scale = torch.exp(-math.log(10_000.0) * torch.arange(frequencies) / max(frequencies - 1, 1))
+        self.register_buffer("omega", 1000.0 * scale, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies * groups, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        phase = t[..., None] * self.omega
+        features = torch.cat([phase.sin(), phase.cos()], dim=-1).flatten(-2)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))

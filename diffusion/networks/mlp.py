@@ -1,0 +1,70 @@
+"""Residual MLP over a flattened chunk: the cheapest denoiser for short horizons, and the fastest to train on a CPU.
+
+Source: the residual MLP of IDQL (Hansen-Estruch et al. 2023), with adaptive layer norm (Peebles and Xie 2023) for the level.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion.networks._embedding import LevelEmbedding
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int, expansion: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.up = nn.Linear(width, expansion * width)
+        self.down = nn.Linear(expansion * width, width)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.modulation, self.down):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).chunk(2, dim=-1)
+        return h + self.down(self.dropout(F.gelu(self.up(self.norm(h) * (1 + scale) + shift), approximate="tanh")))
+
+
+class ResidualMLP(nn.Module):
+    """(B, H, features), levels (B, H, groups), condition (B, condition_dim) -> (B, H, features).
+
+    Every token's level goes in, so known tokens are told from noisy ones.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        horizon: int,
+        groups: int,
+        condition_dim: int = 0,
+        width: int = 512,
+        depth: int = 4,
+        expansion: int = 2,
+        dropout: float = 0.0,
+        level_width: int = 128,
+    ) -> None:
+        super().__init__()
+        self.shape = (horizon, features)
+        # the highest level of the chunk as sinusoids, every token's level as it is
+        self.level = LevelEmbedding(1, level_width)
+        self.embed = nn.Linear(horizon * features + horizon * groups + condition_dim, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, expansion, dropout) for _ in range(depth))
+        self.first_modulation = nn.Linear(level_width, width)
+        self.condition_to_blocks = nn.Linear(level_width, width)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, horizon * features)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        level = self.level(t.flatten(1).amax(dim=1, keepdim=True))
+        parts = [x.flatten(1), t.flatten(1)] + ([] if condition is None else [condition])
+        h = self.embed(torch.cat([part.to(level.dtype) for part in parts], dim=-1)) + self.first_modulation(level)
+        c = F.silu(self.condition_to_blocks(level))
+        for block in self.blocks:
+            h = block(h, c)
+        return self.out(F.gelu(self.norm(h), approximate="tanh")).view(-1, *self.shape)
