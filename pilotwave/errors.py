@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def nearest(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for an unknown `name` among `known` names of a `kind` ("task", "solver"), with the nearest right one."""
+    """The error for an unknown `name` among `known` names of a `kind` ("task", "solver"), and the nearest."""
     choices = sorted(known)
     close = get_close_matches(name, choices, n=1, cutoff=0.4)
     hint = f"did you mean '{close[0]}'? " if close else ""

@@ -1,0 +1,7 @@
+"""`python -m pilotwave`."""
+
+import sys
+
+from pilotwave.cli import main
+
+sys.exit(main())

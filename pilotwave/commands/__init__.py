@@ -1,0 +1,1 @@
+"""One module a command, each with `run(overrides) -> int | None`; `pilotwave.cli.COMMANDS` lists them."""

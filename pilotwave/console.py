@@ -1,0 +1,86 @@
+"""What the commands print and write: tables for people, JSON for programs, and the files that hold them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pilotwave.errors import UserError
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Print a table; piped into a file or program, lines are never cut."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)
+    grid = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*(show(value) for value in row))
+    console.print(grid)
+
+
+def show(value: object) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return "  ".join(f"{key} {show(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(show, value))
+    return str(value)
+
+
+def metrics_table(metrics: Mapping[str, Any], title: str) -> None:
+    """Metrics a line; per-episode lists stay in the JSON."""
+    table(("metric", "value"), [(key, value) for key, value in metrics.items() if not isinstance(value, list)], title)
+
+
+def write_json(path: str | Path | None, content: Mapping[str, Any]) -> None:
+    """Write `content`, whole or not at all; nothing when `path` is None."""
+    if path is None:
+        return
+    target = writable(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, default=_plain)
+        file.write("\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, target)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist()  # NumPy scalars and arrays
+
+
+def writable(path: str | Path) -> Path:
+    """The path of a file that can be written, its folder made; asked before long work, so that it is not lost."""
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; give the path of a file")
+    writable_folder(target.parent)
+    return target
+
+
+def writable_folder(path: str | Path) -> Path:
+    """The folder, made where it is missing; UserError when nothing can be written in it."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write into the folder {folder}: {reason}; choose another place") from error
+    return folder
