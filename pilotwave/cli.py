@@ -113,7 +113,7 @@ def usage(command: str | None = None) -> str:
                 "",
                 *lines,
                 "",
-                "pilotwave COMMAND --help lists a command's settings; they follow Hydra's grammar (planner.horizon=256).",
+                "pilotwave COMMAND --help lists a command's settings, in Hydra's grammar (planner.horizon=256).",
                 "plugins=MODULE imports your own algorithms. PILOTWAVE_DEBUG=1 shows tracebacks.",
             ]
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import robots
 from pilotwave.config import compose
 from pilotwave.console import writable
 from pilotwave.errors import UserError
@@ -18,5 +17,8 @@ def run(overrides: Sequence[str]) -> None:
         raise UserError("no task given; add task=NAME ('pilotwave tasks' lists them)")
     name, options = task_options(cfg)
     out = writable(cfg.out or f"data/{name}.hdf5")
+
+    import robots
+
     robots.collect(name, cfg.steps, out, cfg.seed, **options)
     print(f"wrote {out}; train on it: pilotwave train planner=NAME task={name} data={out}")

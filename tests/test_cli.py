@@ -1,0 +1,152 @@
+"""The command line: help, lists, composition by Hydra, and errors of one line."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pilotwave import __version__
+from pilotwave.cli import COMMANDS, main
+from pilotwave.config import compose, groups
+from pilotwave.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def error_of(capsys, *words: str) -> str:
+    """The one line on standard error of a command that must fail."""
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("pilotwave: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_help_lists_every_command_and_each_has_its_own(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"\n  {command} " in text
+        assert main([command, "--help"]) == 0
+        assert f"usage: pilotwave {command}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pilotwave {__version__}\n"
+
+
+def test_tasks_lists_every_option_of_every_group(capsys):
+    assert main(["tasks"]) == 0
+    text = capsys.readouterr().out
+    for group, names in groups().items():
+        for name in names:
+            assert name == "none" or f"{group}={name}" in text
+
+
+@pytest.mark.parametrize("words", [["--help"], ["tasks"], ["rollout", "nowhere"]])
+def test_quick_answers_do_not_import_torch(words):
+    code = (
+        "import sys; from pilotwave.cli import main; main(sys.argv[1:]); "
+        "assert not {'torch', 'mujoco', 'gymnasium'} & set(sys.modules), 'slow imports'"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 5
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error():
+    command = f"{sys.executable} -m pilotwave tasks | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("PILOTWAVE_DEBUG", "1")
+    with pytest.raises(UserError):
+        main(["taks"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["taks"], "did you mean 'tasks'?"),
+        (["collect", "task=pointmaz-umaze"], "did you mean 'pointmaze-umaze'?"),
+        (["collect", "task=pointmaze-umaze", "stps=4"], "did you mean 'steps'?"),
+        (["collect", "task=pointmaze-umaze", "steps=abc"], "steps is 'abc'; it must be a whole number"),
+        (["collect", "task=pointmaze-umaze", "steps=0"], "steps is 0; it must be at least 1"),
+        (["collect", "task=pointmaze-umaze", "seed=-1"], "seed is -1; it must be at least 0"),
+        (["collect", "task=nowhere.yaml"], "no settings file 'nowhere.yaml'"),
+        (["collect", "--steps=4"], "steps=4"),
+        (["collect", "steps"], "settings are written key=value"),
+        (["collect", "steps=[1"], "cannot read 'steps=[1'"),
+        (["collect"], "no task given"),
+        (["train"], "exactly one of planner=NAME"),
+        (["train", "planner.horizon=4"], "choose it first: planner=NAME"),
+        (["train", "train.stps=4"], "did you mean 'train.steps'?"),
+        (["train", "train.steps.more=4"], "goes below 'train.steps'"),
+        (["train", "plugins=no_such_module_here"], "no module 'no_such_module_here'"),
+        (["data"], "no data set given"),
+        (["rollout"], "no run given"),
+        (["rollout", "nowhere"], "no run 'nowhere'"),
+        (["deploy"], "no policy given"),
+        (["tasks", "more=1"], "takes no settings"),
+    ],
+)
+def test_mistakes_get_one_line(capsys, words, expected):
+    assert expected in error_of(capsys, *words)
+
+
+def test_unwritable_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write into the folder" in error_of(
+        capsys, "collect", "task=pointmaze-umaze", f"out={tmp_path}/file/out.hdf5"
+    )
+
+
+def test_a_run_is_named_when_another_stands_beside(capsys, tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.yaml").write_text("kind: planner\n")
+    assert f"did you mean '{tmp_path}/large'?" in error_of(capsys, "rollout", f"{tmp_path}/larg")
+
+
+def test_paths_are_taken_as_they_stand():
+    config = compose("collect", ["task=pointmaze-umaze", "out=a folder/with=odd, (characters).hdf5"])
+    assert config.out == "a folder/with=odd, (characters).hdf5"
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    steps = compose("collect", ["task=pointmaze-umaze", "steps=1e6"]).steps
+    assert steps == 1_000_000
+    assert isinstance(steps, int)
+
+
+def test_a_users_file_is_an_option_of_its_group(tmp_path):
+    (tmp_path / "mine.yaml").write_text("planner: {name: mine, horizon: 8}\ntrain: {steps: 7}\n")
+    (tmp_path / "maze.yaml").write_text("name: pointmaze-umaze\nextra: 3\n")
+    config = compose("train", [f"planner={tmp_path}/mine.yaml", f"task={tmp_path}/maze.yaml", "planner.horizon=16"])
+    assert (config.planner.name, config.planner.horizon, config.train.steps, config.task.extra) == ("mine", 16, 7, 3)
+    assert config.train.batch == compose("train").train.batch
+
+
+def test_what_is_put_on_the_command_line_is_above_the_algorithms_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("planner: {name: mine}\ntrain: {steps: 7}\n")
+    assert compose("train", ["train.steps=5", f"planner={tmp_path}/mine.yaml"]).train.steps == 5
+
+
+def test_hydras_grammar_adds_and_deletes(tmp_path):
+    (tmp_path / "mine.yaml").write_text("name: mine\nnetwork: {width: 8, depth: 2}\n")
+    config = compose("train", [f"policy={tmp_path}/mine.yaml", "+policy.more=[1,2]", "~policy.network.depth"])
+    assert config.policy == {"name": "mine", "network": {"width": 8}, "more": [1, 2]}
+
+
+def test_every_packaged_algorithm_composes_with_every_task():
+    for kind in ("planner", "policy", "world_model"):
+        for name in groups()[kind]:
+            for task in groups()["task"]:
+                config = compose("train", [f"{kind}={name}", f"task={task}"])
+                assert config[kind].name
+                assert not [other for other in ("planner", "policy", "world_model") if other != kind and config[other]]
