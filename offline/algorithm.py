@@ -51,7 +51,7 @@ class DataSpec:
         missing = [name for name in ("task", "observation_dim", "action_dim", "dt") if name not in plain]
         if missing:
             raise UserError(f"the data spec lacks {', '.join(missing)}; a config.yaml written by training has them all")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()}
         values["images"] = {name: tuple(shape) for name, shape in dict(values.get("images") or {}).items()}
         return cls(**values)
 
@@ -83,6 +83,10 @@ class Algorithm(nn.Module, ABC):
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss of a batch from `windows`, and scalars to log (detached). All randomness is `generator`'s."""
 
+    def networks(self) -> list[nn.Module]:
+        """The modules that do the work, called as `module(...)` with tensors only: the trainer may compile these."""
+        return [module for module in self.children() if any(True for _ in module.parameters())]
+
 
 _REGISTRY: dict[str, dict[str, type[Algorithm]]] = {"planner": {}, "policy": {}, "world_model": {}}
 
@@ -102,3 +106,13 @@ def algorithms(kind: str) -> dict[str, type[Algorithm]]:
     if kind not in _REGISTRY:
         raise nearest("kind of algorithm", kind, _REGISTRY)
     return dict(_REGISTRY[kind])
+
+
+def build(kind: str, name: str, spec: DataSpec, config: Mapping[str, Any], seed: int = 0) -> Algorithm:
+    """Construct a registered algorithm, its initial weights drawn from `seed` and from nothing else."""
+    known = algorithms(kind)
+    if name not in known:
+        raise nearest(kind.replace("_", " "), name, known)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return known[name](spec, config)
