@@ -1,0 +1,5 @@
+"""Policies: observation -> the next chunk of actions."""
+
+from policies.diffusion_policy import DiffusionPolicy
+
+__all__ = ["DiffusionPolicy"]

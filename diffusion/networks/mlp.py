@@ -13,10 +13,10 @@ from diffusion.networks._embedding import LevelEmbedding
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, width: int, expansion: int, dropout: float) -> None:
+    def __init__(self, width: int, expansion: int, dropout: float, level_width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.modulation = nn.Linear(width, 2 * width)
+        self.modulation = nn.Linear(level_width, 2 * width)
         self.up = nn.Linear(width, expansion * width)
         self.down = nn.Linear(expansion * width, width)
         self.dropout = nn.Dropout(dropout)
@@ -52,9 +52,8 @@ class ResidualMLP(nn.Module):
         # the highest level of the chunk as sinusoids, every token's level as it is
         self.level = LevelEmbedding(1, level_width)
         self.embed = nn.Linear(horizon * features + horizon * groups + condition_dim, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width, expansion, dropout) for _ in range(depth))
-        self.first_modulation = nn.Linear(level_width, width)
-        self.condition_to_blocks = nn.Linear(level_width, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, expansion, dropout, level_width) for _ in range(depth))
+        self.add_level = nn.Linear(level_width, width)
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, horizon * features)
         nn.init.zeros_(self.out.weight)
@@ -63,8 +62,8 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         level = self.level(t.flatten(1).amax(dim=1, keepdim=True))
         parts = [x.flatten(1), t.flatten(1)] + ([] if condition is None else [condition])
-        h = self.embed(torch.cat([part.to(level.dtype) for part in parts], dim=-1)) + self.first_modulation(level)
-        c = F.silu(self.condition_to_blocks(level))
+        h = self.embed(torch.cat([part.to(level.dtype) for part in parts], dim=-1)) + self.add_level(level)
+        c = F.silu(level)
         for block in self.blocks:
             h = block(h, c)
         return self.out(F.gelu(self.norm(h), approximate="tanh")).view(-1, *self.shape)
