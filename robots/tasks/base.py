@@ -1,0 +1,104 @@
+"""What a task is: a vectorised simulator with reset distribution, horizon and metric."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pilotwave.errors import UserError
+from robots.controller import Observation
+
+BoolArray = NDArray[np.bool_]
+Info = dict[str, np.ndarray]
+"""Arrays (n, ...) a step: always "success" (n,) bool (the goal condition holds now); a task with constraints adds
+"margin" (n,) (smallest barrier value of the executed state; negative is a violation)."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskSpec:
+    """Facts about a task. Actions are clipped to action_low..action_high (Da,) by `step`.
+
+    score: name of the metric in `robots.rollout.SCORES`. reference: (random, expert) returns for D4RL's normalization.
+    images: (H, W, C) of each image key of the observation. final_info: info keys whose value at the episode's end is
+    reported. options: JSON-able arguments for which `robots.make(name, **options)` makes this task again.
+    """
+
+    name: str
+    observation_dim: int
+    action_dim: int
+    horizon: int
+    dt: float
+    action_low: np.ndarray
+    action_high: np.ndarray
+    observation_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    score: str
+    source: str
+    goal_dim: int = 0
+    reference: tuple[float, float] | None = None
+    images: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    final_info: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """n copies of an environment stepped together. A copy that terminated stays as it is and earns 0 until `reset`."""
+
+    spec: TaskSpec
+    metadata: ClassVar[dict[str, Any]] = {}
+
+    @abstractmethod
+    def reset(self, seeds: Sequence[int]) -> Observation:
+        """Start n = len(seeds) episodes; each depends on its own seed alone. Returns {"state": (n, Do), ...}."""
+
+    @abstractmethod
+    def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, BoolArray, Info]:
+        """Apply actions (n, Da) for spec.dt seconds: observation, reward (n,), terminated (n,), info of (n, ...)."""
+
+    @abstractmethod
+    def observation(self) -> Observation:
+        """The present observation, as reset and step return it."""
+
+    @abstractmethod
+    def render(self, i: int = 0) -> NDArray[np.uint8]:
+        """A picture (H, W, 3) of copy i."""
+
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """The full state of all copies; opaque, in memory only."""
+
+    @abstractmethod
+    def restore(self, snapshot: Any) -> Observation:
+        """Return to a snapshot of this task (the same number of copies): the same actions give the same future."""
+
+    def to_pixels(self, points: np.ndarray) -> np.ndarray | None:
+        """World coordinates (k, 2) as pixels (k, 2) (column, row) of `render`; None where there is no such map."""
+        return None
+
+    def close(self) -> None:  # noqa: B027  (not every task has something to release)
+        """Release windows and simulators."""
+
+    def _actions(self, actions: np.ndarray, n: int) -> np.ndarray:
+        """Actions checked and clipped: float64 (n, Da)."""
+        actions = np.asarray(actions, dtype=np.float64)
+        if actions.shape != (n, self.spec.action_dim):
+            raise UserError(
+                f"{self.spec.name}: actions have shape {actions.shape}; right is ({n}, {self.spec.action_dim})"
+            )
+        if not np.isfinite(actions).all():
+            raise UserError(f"{self.spec.name}: an action is NaN or infinite; actions must be finite")
+        return np.clip(actions, self.spec.action_low, self.spec.action_high)
+
+
+def checked_horizon(horizon: int | None, default: int) -> int:
+    """The episode length asked for, or the task's own."""
+    if horizon is None:
+        return default
+    if isinstance(horizon, bool) or int(horizon) != horizon or horizon < 1:
+        raise UserError(f"horizon {horizon}; an episode needs a whole number of steps, 1 or more")
+    return int(horizon)
