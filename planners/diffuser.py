@@ -1,0 +1,291 @@
+"""Diffuser (Janner et al. 2022): plan by denoising a whole trajectory, with what is known held clean.
+
+A trajectory is H tokens of (goal features, other observation features, action), `stride` environment steps apart. To plan from o to a
+goal g (section 4.3, in-painting), token 0's observation and the goal features of the arrival token are clean (level 0) while all
+else is denoised; with rewards instead of goals, the gradient of a value network on noisy trajectories steers it (section 3.2,
+algorithm 1):
+
+    d <- d + scale (sigma_t^2 / alpha_t) grad_x V(x_t, t)        eq. 3's shifted mean, written for the data prediction
+
+Training draws the arrival token at random, so that a plan may arrive early and stay; the paper's fixed last token is `arrivals: last`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample, solver
+from diffusion.networks import build_network
+from offline import Algorithm, DataSpec, Normalizer, Windows, register
+from pilotwave.errors import UserError, nearest
+from planners.plan import Plan
+
+if TYPE_CHECKING:
+    from offline.store import TrajectoryStore
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Where in the horizon the goal is pinned: in training (random tokens (B,)) and in planning (candidates)."""
+
+    train: Callable[[int, int, torch.Generator], Tensor]
+    candidates: Callable[[int, int], list[int]]
+
+
+ARRIVALS = {
+    "last": Arrivals(lambda b, h, g: torch.full((b,), h - 1), lambda h, n: [h - 1]),
+    # candidates spread evenly, the last one always among them
+    "any": Arrivals(
+        lambda b, h, g: torch.randint(1, h, (b,), generator=g),
+        lambda h, n: sorted({h - 1 - round(i * (h - 1) / n) for i in range(n)}),
+    ),
+}
+
+
+@register
+class Diffuser(Algorithm):
+    """Config (configs/planner/diffuser.yaml): horizon H, stride, actions, arrivals, schedule, prediction, weighting, network,
+    normalizer, sampler, value ({scale, discount, network} or null), and what planning does with them.
+    """
+
+    kind, name = "planner", "diffuser"
+
+    def __init__(self, spec: DataSpec, config: Mapping[str, Any]) -> None:
+        super().__init__(spec, config)
+        self.H, self.stride = int(config["horizon"]), int(config["stride"])
+        if self.H < 2 or self.stride < 1:
+            raise UserError(f"planner.horizon={self.H}, planner.stride={self.stride}; need at least 2 tokens, 1 step apart")
+        if config["arrivals"] not in ARRIVALS:
+            raise nearest("planner.arrivals", str(config["arrivals"]), ARRIVALS)
+        self.arrivals = ARRIVALS[config["arrivals"]]
+        groups = {"goal": spec.goal_dim, "rest": spec.observation_dim - spec.goal_dim}
+        groups["action"] = spec.action_dim if config["actions"] else 0
+        self.layout = Layout(**{name: size for name, size in groups.items() if size})
+        self.normalizer = Normalizer.from_shapes({"observation": spec.observation_dim, "action": spec.action_dim})
+        network = build_network(
+            features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **config["network"]
+        )
+        schedule = NoiseSchedule.from_config(**config["schedule"])
+        self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"])
+        self.value_config = config.get("value")
+        if self.value_config:
+            value = dict(self.value_config["network"])
+            self.value = build_network(
+                features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **value
+            )
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, store: TrajectoryStore) -> None:
+        columns = {key: store.columns[key] for key in ("observation", "action")}
+        self.normalizer = Normalizer.fit(columns, self.config["normalizer"])
+
+    def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
+        columns = ["observation", "action"]
+        if self.value_config:
+            if "reward" not in store.columns:
+                raise UserError("value guidance needs a reward column in the data; leave planner.value null without one")
+            columns.append("reward")
+        windows = Windows(store, self.H, columns=columns, stride=self.stride, device=device)
+        normalizer = self.normalizer.to(device)
+        for key in ("observation", "action"):
+            windows.columns[key] = normalizer.normalize(key, windows.columns[key])
+        if self.value_config:
+            windows.columns["return"] = self._returns(store).to(device)
+        return windows
+
+    def _returns(self, store: TrajectoryStore) -> Tensor:
+        """Discounted rewards to go, (N,), scaled to unit deviation."""
+        discount = float(self.value_config["discount"])
+        rewards = np.asarray(store.columns["reward"], np.float64)
+        returns = np.zeros_like(rewards)
+        ends = set((store.episode_ends - 1).tolist())
+        following = 0.0
+        for i in range(len(rewards) - 1, -1, -1):
+            following = rewards[i] + (0.0 if i in ends else discount * following)
+            returns[i] = following
+        return torch.as_tensor((returns - returns.mean()) / max(returns.std(), 1e-6), dtype=torch.float32)
+
+    def pack(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Normalized observation (..., Do) and action (..., Da) -> x (..., features)."""
+        parts = [batch["observation"]] + ([batch["action"]] if "action" in self.layout else [])
+        return torch.cat(parts, dim=-1)
+
+    def clean(self, arrival: Tensor | None, batch: int, device: torch.device) -> Tensor:
+        """What is known: (batch, H, groups) bool, the first observation and, given arrival tokens (batch,), the goal there."""
+        known = torch.zeros(batch, self.H, len(self.layout.groups), dtype=torch.bool, device=device)
+        observed = [i for i, group in enumerate(self.layout.groups) if group in ("goal", "rest")]
+        known[:, 0, observed] = True
+        if arrival is not None:
+            known[torch.arange(batch, device=device), arrival, 0] = True
+        return known
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        x_0 = self.pack(batch)
+        b, device = x_0.shape[0], x_0.device
+        arrival = self.arrivals.train(b, self.H, generator).to(device) if self.spec.goal_dim else None
+        clean = self.clean(arrival, b, device)
+        weight = torch.ones(self.H, self.layout.features, device=device)
+        if "action" in self.layout:
+            weight[0, self.layout["action"]] = float(self.config["first_action_weight"])
+        loss = self.denoiser.loss(x_0, generator, clean=clean, weighting=self.config["weighting"], weight=weight)
+        info = {"loss": loss.detach()}
+        if self.value_config:
+            t = torch.rand(b, generator=generator, device=device)
+            eps = torch.randn(x_0.shape, generator=generator, device=device)
+            noisy = self.denoiser.schedule.add_noise(x_0, eps, t[:, None, None])
+            value_loss = ((self._value(noisy, t) - batch["return"][:, 0]) ** 2).mean()
+            info["value_loss"] = value_loss.detach()
+            loss = loss + value_loss
+        return loss, info
+
+    def _value(self, x: Tensor, t: Tensor) -> Tensor:
+        """V(x_t, t): (B, H, F), levels () or (B,) -> (B,), the mean over a network's outputs."""
+        levels = t.reshape(-1, 1, 1).expand(x.shape[0], self.H, len(self.layout.groups))
+        return self.value(x, levels).float().mean(dim=(1, 2))
+
+    # -- planning ------------------------------------------------------------------------------------------------------
+
+    def table(self, sampler: Mapping[str, Any] | None = None) -> Tableau:
+        """The sampler's Tableau: the config's, or another {name, steps, ...}."""
+        options = dict(sampler or self.config["sampler"])
+        return solver(options.pop("name"), self.denoiser.schedule, options.pop("steps"), **options)
+
+    def _guide(self, d: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self._value(y, t).sum(), y)
+        alpha, sigma = self.denoiser.schedule.alpha(t), self.denoiser.schedule.sigma(t)
+        return d + float(self.value_config["scale"]) * sigma**2 / alpha * gradient
+
+    @torch.no_grad()
+    def sample_plans(
+        self,
+        observation: Tensor,
+        goal: Tensor | None,
+        arrival: Tensor | None,
+        table: Tableau,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Normalized trajectories (B, H, F) from normalized observations (B, Do), goals (B, Dg) and arrival tokens (B,)."""
+        b, device = observation.shape[0], observation.device
+        known = torch.zeros(b, self.H, self.layout.features, device=device)
+        known[:, 0, : self.spec.observation_dim] = observation
+        if goal is not None:
+            known[torch.arange(b, device=device), arrival, : self.spec.goal_dim] = goal
+        clean = self.clean(arrival if goal is not None else None, b, device)
+        mask = self.layout.levels(clean)
+        noise = torch.randn(known.shape, generator=generator, device=device)
+        x_T = torch.where(mask, known, noise * self.denoiser.schedule.sigma(torch.ones((), device=device)))
+        noisy = (~clean).to(x_T.dtype)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return self.denoiser(x, t * noisy)
+
+        def pin(x: Tensor, t: Tensor) -> Tensor:
+            return torch.where(mask, known, x)
+
+        return sample(denoise, table, x_T, generator, guide=self._guide if self.value_config else None, constrain=pin)
+
+    def plan(
+        self,
+        observation: np.ndarray,
+        goal: np.ndarray | None = None,
+        samples: int = 1,
+        *,
+        sampler: Mapping[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Plan:
+        """Plans from observations (Do,) or (B, Do) to goals (Dg,) or (B, Dg), in the task's units.
+
+        Returns a Plan of (samples, H, ...) or (B, samples, H, ...), best first: by the value network, or else by
+        early arrival among the plans that the denoiser itself finds likely. Goals are needed where the data has them.
+        """
+        observation = self._checked("observation", observation, self.spec.observation_dim)
+        single = observation.ndim == 1
+        observation = np.atleast_2d(observation)
+        if self.spec.goal_dim:
+            if goal is None:
+                raise UserError(f"this planner needs a goal of {self.spec.goal_dim} numbers")
+            goal = np.broadcast_to(self._checked("goal", goal, self.spec.goal_dim), (len(observation), self.spec.goal_dim))
+        device = next(self.parameters()).device
+        o = self.normalizer.normalize("observation", torch.as_tensor(observation, device=device))
+        o = o.repeat_interleave(samples, 0)
+        g, arrival = None, None
+        if goal is not None and self.spec.goal_dim:
+            full = np.concatenate([goal, observation[:, self.spec.goal_dim :]], axis=1)
+            g = self.normalizer.normalize("observation", torch.as_tensor(full, dtype=torch.float32, device=device))
+            g = g[:, : self.spec.goal_dim].repeat_interleave(samples, 0)
+            candidates = torch.tensor(self.arrivals.candidates(self.H, samples), device=device)
+            arrival = candidates[torch.arange(len(o), device=device) % samples % len(candidates)]
+        x = self.sample_plans(o, g, arrival, self.table(sampler), generator)
+        values = self._values(x, o, g, arrival)
+        b = len(observation)
+        observations = self.normalizer.denormalize("observation", x[..., : self.spec.observation_dim])
+        if arrival is not None:
+            observations = self._stay(observations, arrival)
+        parts: list[Tensor | None] = [observations, None]
+        if "action" in self.layout:
+            parts[1] = self.normalizer.denormalize("action", x[..., self.layout["action"]])
+        order = values.view(b, samples).argsort(dim=1, descending=True, stable=True)
+        rows = (order + torch.arange(b, device=device)[:, None] * samples).flatten()
+        best = [None if p is None else p[rows].view(b, samples, *p.shape[1:]).cpu().numpy() for p in (*parts, values)]
+        best = [p[0] if single and p is not None else p for p in best]
+        return Plan(*best)
+
+    def _stay(self, observations: Tensor, arrival: Tensor) -> Tensor:
+        """After the arrival a plan stays where it arrived, at rest (features past the goal's are zero)."""
+        token = torch.arange(self.H, device=arrival.device)[None, :]
+        at = observations[torch.arange(len(arrival), device=arrival.device), arrival].clone()
+        at[:, self.spec.goal_dim :] = 0
+        return torch.where((token > arrival[:, None])[..., None], at[:, None], observations)
+
+    def _values(self, x: Tensor, o: Tensor, g: Tensor | None, arrival: Tensor | None) -> Tensor:
+        """(B,): the value network's estimate where there is one; else minus the arrival token and minus the surprise."""
+        if self.value_config:
+            with torch.no_grad():
+                return self._value(x, torch.zeros((), device=x.device))
+        surprise = self.surprise(x, arrival)
+        if arrival is None:
+            return -surprise
+        return -(arrival / self.H) - float(self.config["surprise_weight"]) * surprise
+
+    @torch.no_grad()
+    def surprise(self, x: Tensor, arrival: Tensor | None) -> Tensor:
+        """How unlikely plans x (B, H, F) are: the denoiser's error on them at a few levels, relative to what is usual, (B,).
+
+        It is the integrand of the evidence bound (Kingma et al. 2021, eq. 11) at `levels`, with the same noise for all plans.
+        """
+        levels = self.config["surprise_levels"]
+        if not levels:
+            return torch.zeros(len(x), device=x.device)
+        clean = self.clean(arrival, len(x), x.device)
+        noisy, mask = (~clean).to(x.dtype), self.layout.levels(clean)
+        generator = torch.Generator(x.device).manual_seed(0)
+        until = torch.arange(self.H, device=x.device)[None, :] <= (self.H if arrival is None else arrival[:, None])
+        total = torch.zeros(len(x), device=x.device)
+        for level in levels:
+            t = x.new_tensor(float(level))
+            eps = torch.randn((1, *x.shape[1:]), generator=generator, device=x.device)
+            y = torch.where(mask, x, self.denoiser.schedule.add_noise(x, eps, t))
+            error = ((self.denoiser(y, t * noisy) - x) ** 2).mean(-1) * self.denoiser.schedule.snr(t)
+            # the worst token tells: one step through a wall is enough
+            total = total + (error * until).amax(dim=1)
+        return total / len(levels)
+
+    def _checked(self, what: str, value: Any, width: int) -> np.ndarray:
+        array = np.asarray(value, dtype=np.float32)
+        if array.ndim not in (1, 2) or array.shape[-1] != width:
+            raise UserError(f"{what} must have {width} features, ({width},) or (batch, {width}); got {array.shape}")
+        if not np.isfinite(array).all():
+            raise UserError(f"{what} holds NaN or infinity; every number must be finite")
+        return array
+
+
+__all__: Sequence[str] = ["ARRIVALS", "Arrivals", "Diffuser"]
