@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -54,6 +55,50 @@ class DataSpec:
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()}
         values["images"] = {name: tuple(shape) for name, shape in dict(values.get("images") or {}).items()}
         return cls(**values)
+
+    @classmethod
+    def of(cls, store: TrajectoryStore, task: Any = None, dt: float | None = None) -> DataSpec:
+        """What a data set looks like, checked against its task's facts (a `robots.TaskSpec`) where it has a task.
+
+        `dt` is for data that does not say its own. UserError when columns lack or do not fit the task.
+        """
+        columns, where = store.columns, store.source or "the data"
+        for name in ("observation", "action"):
+            if name not in columns:
+                raise UserError(f"{where} has no '{name}'; see 'pilotwave data', choose with observation_keys=")
+        found = (columns["observation"].shape[1], columns["action"].shape[1])
+        images = {name: column.shape[1:] for name, column in columns.items() if column.ndim == 4}
+        dt = store.dt or dt or (task.dt if task is not None else None)
+        if dt is None:
+            raise UserError(f"{where} does not say how long a step is; add dt=SECONDS")
+        if task is None:
+            names = {key: tuple(store.names.get(key, ())) for key in ("observation", "action")}
+            goal = columns["goal"].shape[1] if "goal" in columns else 0
+            label = Path(where).stem
+            return cls(label, *found, float(dt), names["observation"], names["action"], images=images, goal_dim=goal)
+        wanted = (task.observation_dim, task.action_dim)
+        if found != wanted:
+            raise UserError(
+                f"{where} has {found[0]} observation and {found[1]} action features; "
+                f"task {task.name} has {wanted[0]} and {wanted[1]}: give the data or the task that belongs with it"
+            )
+        if abs(dt - task.dt) > 0.01 * task.dt:
+            raise UserError(f"{where} has a step of {dt:g} s, task {task.name} one of {task.dt:g} s; they must agree")
+        for key, shape in task.images.items():
+            if images.get(key) != tuple(shape):
+                raise UserError(f"task {task.name} has images '{key}' {tuple(shape)}; {where} has {images or 'none'}")
+        return cls(
+            task=task.name,
+            observation_dim=found[0],
+            action_dim=found[1],
+            dt=float(task.dt),
+            observation_names=tuple(task.observation_names),
+            action_names=tuple(task.action_names),
+            action_low=tuple(map(float, task.action_low)),
+            action_high=tuple(map(float, task.action_high)),
+            images={key: tuple(shape) for key, shape in task.images.items()},
+            goal_dim=task.goal_dim,
+        )
 
 
 class Algorithm(nn.Module, ABC):

@@ -25,7 +25,7 @@ Fallback = Callable[[str, str], Mapping[str, Any] | None]
 # Whole numbers that make no sense below these, wherever they stand in a configuration.
 LEAST = {
     "steps": 1, "horizon": 1, "batch": 1, "episodes": 1, "samples": 1, "num_envs": 1, "width": 1, "depth": 1, "seed": 0,
-    "held_out": 0, "warmup": 0, "log_every": 1, "save_every": 1, "replan_every": 0, "seconds": 0, "lr": 0,
+    "held_out": 0, "replan_every": 0,
 }  # fmt: skip
 
 # Keys whose value is taken as it stands, so that a path needs no quotes against Hydra's grammar.
@@ -77,11 +77,13 @@ def compose(command: str, overrides: Sequence[str] = (), fallback: Fallback | No
     """
     file = primary(command)
     own_groups = {key for entry in file.get("defaults", ()) if isinstance(entry, Mapping) for key in entry}
-    chosen, values, plain = [], [], {}
+    chosen: list[Override] = []
+    values: list[Override] = []
+    kept: dict[str, str | None] = {}
     for text in overrides:
         key, _, value = text.partition("=")
         if key in file and (key in PATHS or (key in groups() and key not in own_groups)):
-            plain[key] = None if value in ("", "null") else value
+            kept[key] = None if value in ("", "null") else value
         else:
             parsed = _parse(text)
             is_group = parsed.key_or_group in own_groups and not isinstance(parsed.value(), dict)
@@ -91,8 +93,8 @@ def compose(command: str, overrides: Sequence[str] = (), fallback: Fallback | No
     texts = [_check_key(override, base, own_groups) for override in values]
     config = _compose(command, selected + texts) if texts else base
     OmegaConf.set_struct(config, False)
-    for key, value in plain.items():
-        config[key] = value
+    for key, content in kept.items():
+        config[key] = content
     for override in values:
         if not override.is_delete():
             _check_type(str(override.key_or_group), config, base)
@@ -125,19 +127,28 @@ def _choose(override: Override, fallback: Fallback | None) -> str:
         return f"{group}=null"
     name = str(name)
     known = {*groups()[group], *(entry[:-5] for entry in _stored(group))}
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith((".yaml", ".yml", ".txt")):
         path = Path(name).expanduser()
         if not path.is_file():
             choices = ", ".join(sorted(known))
             raise UserError(f"no settings file '{name}' for {group}=; give a .yaml file or one of: {choices}")
         name = path.stem
-        store(group, name, read_yaml(path))
+        store(group, name, _users_file(group, path))
     elif name not in known:
         settings = fallback(group, name) if fallback else None
         if settings is None:
             raise nearest(group.replace("_", " "), name, known)
         store(group, name, settings)
     return f"{group}={name}"
+
+
+def _users_file(group: str, path: Path) -> dict[str, Any]:
+    """The settings in a user's file; a maze map (rows of characters, or `maze:` and no `name:`) is a pointmaze task."""
+    content = {} if path.suffix == ".txt" else read_yaml(path)
+    if group == "task" and "name" not in content:
+        maze = yaml.safe_load(files("configs").joinpath("task", "pointmaze.yaml").read_text(encoding="utf-8"))
+        return {**maze, "maze": str(path.resolve())}
+    return content
 
 
 def _stored(group: str) -> Iterable[str]:
@@ -186,11 +197,16 @@ def _check_type(key: str, config: DictConfig, base: DictConfig) -> None:
         raise UserError(f"{key} is '{value}'; it must be {kind} such as {default}")
 
 
+def plain(config: Any) -> Any:
+    """Plain Python mappings and lists, interpolations resolved."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
 def check_least(config: Any, where: str = "") -> None:
     """UserError for a number below what its name allows (`steps=0`, `planner.horizon=-8`)."""
     if isinstance(config, DictConfig):
         for name in config:
-            check_least(config[name], f"{where}.{name}".lstrip("."))
+            check_least(config[name], f"{where}.{name!s}".lstrip("."))
         return
     least = LEAST.get(where.rpartition(".")[2])
     if least is not None and isinstance(config, int | float) and not config >= least:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,35 @@ def show(value: object) -> str:
 def metrics_table(metrics: Mapping[str, Any], title: str) -> None:
     """Metrics a line; per-episode lists stay in the JSON."""
     table(("metric", "value"), [(key, value) for key, value in metrics.items() if not isinstance(value, list)], title)
+
+
+def progress(label: str) -> Callable[[int, int], None]:
+    """A function to be called with (done, total), which draws a bar on standard error where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return lambda done, total: None
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(label)
+
+    def report(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    return report
 
 
 def write_json(path: str | Path | None, content: Mapping[str, Any]) -> None:

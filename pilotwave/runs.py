@@ -1,17 +1,22 @@
-"""Runs by path: run directories and checkpoint folders, their tasks, and their agreement with a task."""
+"""Runs by path: run directories and checkpoint folders, their tasks and controllers."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from pilotwave.config import groups, read_yaml, store
+from pilotwave import __version__
+from pilotwave.config import compose, plain, read_yaml, store
 from pilotwave.errors import UserError, nearest
+
+# Where the algorithms of a kind lie: importing the package registers them, and its `load` opens a run.
+PACKAGES = {"planner": "planners", "policy": "policies", "world_model": "world_models"}
 
 
 def run_folder(path: str | None) -> Path:
@@ -19,6 +24,8 @@ def run_folder(path: str | None) -> Path:
     if path is None:
         raise UserError("no run given; name a run directory or checkpoint folder first: pilotwave rollout RUN ...")
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise UserError(f"{path} is a file; give the run directory or checkpoint folder that training wrote")
     if not folder.is_dir():
         beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
         runs = [str(entry) for entry in beside if (entry / "config.yaml").is_file()]
@@ -28,15 +35,14 @@ def run_folder(path: str | None) -> Path:
     return folder
 
 
-def with_task(overrides: Sequence[str], run: Path) -> list[str]:
-    """`overrides`, the run's own task first unless they name one; a task of the user's comes from the run itself."""
-    task = read_yaml(run / "config.yaml").get("task")
-    if not isinstance(task, Mapping) or any(word.startswith("task=") for word in overrides):
-        return list(overrides)
-    name = str(task.get("name"))
-    if name not in groups()["task"]:
-        store("task", name, task)
-    return [f"task={name}", *overrides]
+def compose_for(command: str, overrides: Sequence[str], run: Path) -> DictConfig:
+    """The command's configuration with the run's own task, as it was in training, unless `task=` says another."""
+    config = read_yaml(run / "config.yaml")
+    options = config.get("task_options")
+    if isinstance(options, Mapping) and not any(word.startswith("task=") for word in overrides):
+        store("task", "own", {"name": config.get("task"), **options})
+        overrides = ["task=own", *overrides]
+    return compose(command, overrides)
 
 
 def given(overrides: Sequence[str], key: str) -> str | None:
@@ -47,15 +53,31 @@ def given(overrides: Sequence[str], key: str) -> str | None:
 
 def task_options(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
     """The name and the options that `robots.make` takes, from the composed `task`."""
-    options = dict(OmegaConf.to_container(cfg.task, resolve=True))  # type: ignore[call-overload]
+    options = plain(cfg.task)
     name = options.pop("name", None)
     if not name:
         raise UserError("the task's settings have no name; write 'name: pointmaze-large' (or another task) into them")
-    return str(name), options
+    return str(name), {key: value for key, value in options.items() if value is not None}
 
 
-# Where the algorithms of a kind lie: importing the package registers them, and its `load` opens a run.
-PACKAGES = {"planner": "planners", "policy": "policies", "world_model": "world_models"}
+def task_of(cfg: DictConfig, run: Path) -> Any:
+    """The simulator of the composed task, which must be one that the run was trained for."""
+    import robots
+
+    if cfg.task is None:
+        raise UserError(f"{run} was trained without a task; add task=NAME ('pilotwave tasks' lists them)")
+    name, options = task_options(cfg)
+    accepted = options.pop("checkpoints_of", None)
+    spec = read_yaml(run / "config.yaml").get("spec") or {}
+    task = robots.make(name, **options)
+    known = (spec.get("task"), spec.get("observation_dim"), spec.get("action_dim"))
+    wanted = (accepted or task.spec.name, task.spec.observation_dim, task.spec.action_dim)
+    if known != wanted:
+        raise UserError(
+            f"{run} was trained for {known[0]} ({known[1]} observations, {known[2]} actions), not for "
+            f"{wanted[0]} ({wanted[1]} observations, {wanted[2]} actions); give a run of that task"
+        )
+    return task
 
 
 def load(run: Path, kinds: Sequence[str], **options: Any) -> Any:
@@ -69,36 +91,28 @@ def load(run: Path, kinds: Sequence[str], **options: Any) -> Any:
     return importlib.import_module(PACKAGES[kind]).load(run, **options)
 
 
-def sampler_options(cfg: DictConfig) -> dict[str, Any]:
-    """`sampler` and `steps`, where the user chose them."""
-    chosen = {"sampler": cfg.sampler.name, "steps": cfg.sampler.steps}
-    return {key: value for key, value in chosen.items() if value is not None}
+def sampler(learned: Any, cfg: DictConfig) -> dict[str, Any]:
+    """The run's own sampler ({name, steps, ...}), overlaid by what the user chose; another name brings its own."""
+    chosen = {key: value for key, value in plain(cfg.sampler).items() if value is not None}
+    return chosen if "name" in chosen else {**learned.config["sampler"], **chosen}
 
 
 def controller(learned: Any, spec: Any, cfg: DictConfig) -> Any:
-    """The controller of a planner or policy, with the options of `controller:` and `sampler:`."""
-    options = dict(OmegaConf.to_container(cfg.controller, resolve=True))  # type: ignore[call-overload]
-    known = [name for name in inspect.signature(learned.controller).parameters if name != "task_spec"]
+    """The controller of a planner or policy, with the settings of `controller:` and `sampler:`."""
+    options = plain(cfg.controller)
+    known = set(inspect.signature(learned.controller).parameters) - {"task_spec", "sampler"}
     for name in options:
         if name not in known:
             raise nearest("key", f"controller.{name}", [f"controller.{entry}" for entry in known])
-    return learned.controller(spec, **sampler_options(cfg), **options)
+    return learned.controller(spec, sampler=sampler(learned, cfg), **options)
 
 
-def task_of(cfg: DictConfig, run: Path) -> Any:
-    """The simulator of the composed task, which must be one that the run was trained for."""
-    import robots
-
-    if cfg.task is None:
-        raise UserError(f"{run} was trained without a task; add task=NAME ('pilotwave tasks' lists them)")
-    name, options = task_options(cfg)
-    trained = read_yaml(run / "config.yaml").get("spec", {})
-    accepted = options.pop("checkpoints_of", name)
-    task = robots.make(name, **options)
-    facts = (task.spec.observation_dim, task.spec.action_dim)
-    if trained.get("task") != accepted or (trained.get("observation_dim"), trained.get("action_dim")) != facts:
-        raise UserError(
-            f"{run} was trained for {trained.get('task')} ({trained.get('observation_dim')} observations, "
-            f"{trained.get('action_dim')} actions), not for {name} ({facts[0]}, {facts[1]}); give a run of that task"
-        )
-    return task
+def provenance() -> dict[str, str]:
+    """The version, and the commit where the code runs from a checkout, for cards."""
+    here = Path(__file__).resolve().parent
+    words = ("git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return {"version": __version__}
+    return {"version": __version__, **({"commit": done.stdout.strip()} if done.returncode == 0 else {})}

@@ -18,7 +18,7 @@ def run(overrides: Sequence[str]) -> None:
     name, options = task_options(cfg)
     out = writable(cfg.out or f"data/{name}.hdf5")
 
-    import robots
+    from robots.collect import collect
 
-    robots.collect(name, cfg.steps, out, cfg.seed, **options)
+    collect(name, cfg.steps, out, cfg.seed, **options)
     print(f"wrote {out}; train on it: pilotwave train planner=NAME task={name} data={out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pilotwave.config import compose
+from pilotwave.config import compose, plain
 from pilotwave.console import metrics_table, table, writable, write_json
 from pilotwave.errors import UserError
 
@@ -18,7 +18,7 @@ def run(overrides: Sequence[str]) -> None:
         writable(cfg.json)
     import offline
 
-    report = offline.inspect(cfg.path, format=cfg.format, observation_keys=cfg.observation_keys)
+    report = offline.inspect(cfg.path, format=cfg.format, observation_keys=plain(cfg.observation_keys))
     metrics_table({key: value for key, value in report.items() if key not in ("columns", "problems")}, str(cfg.path))
     columns = report["columns"]
     if columns:

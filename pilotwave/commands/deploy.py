@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pilotwave.config import compose
 from pilotwave.console import metrics_table, writable, write_json
 from pilotwave.errors import UserError
-from pilotwave.runs import given, run_folder, with_task
+from pilotwave.runs import compose_for, given, run_folder
 
 
 def run(overrides: Sequence[str]) -> None:
@@ -15,7 +14,7 @@ def run(overrides: Sequence[str]) -> None:
     policy = given(overrides, "policy")
     if policy is None:
         raise UserError("no policy given; add policy=RUN, a run directory or checkpoint folder")
-    cfg = compose("deploy", with_task(overrides, run_folder(policy)))
+    cfg = compose_for("deploy", overrides, run_folder(policy))
     for path in (cfg.json, cfg.video):
         if path is not None:
             writable(path)

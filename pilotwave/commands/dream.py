@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pilotwave.config import compose
 from pilotwave.console import metrics_table, writable, write_json
-from pilotwave.runs import given, load, run_folder, sampler_options, task_of, with_task
+from pilotwave.runs import compose_for, given, load, run_folder, sampler, task_of
 
 
 def run(overrides: Sequence[str]) -> None:
     """Roll both out, print the metrics and write them."""
     folder = run_folder(given(overrides, "run"))
-    cfg = compose("dream", with_task(overrides, folder))
+    cfg = compose_for("dream", overrides, folder)
     for path in (cfg.json, cfg.video, cfg.plot):
         if path is not None:
             writable(path)
@@ -29,7 +28,7 @@ def run(overrides: Sequence[str]) -> None:
         cfg.seed,
         plot=cfg.plot,
         video=cfg.video,
-        **sampler_options(cfg),
+        sampler=sampler(model, cfg),
     )
     metrics_table(metrics, f"{folder} beside {task.spec.name}")
     write_json(cfg.json, metrics)

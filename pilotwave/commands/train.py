@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from pilotwave.config import compose
+from pilotwave.config import compose, plain
 from pilotwave.console import metrics_table, writable, writable_folder, write_json
-from pilotwave.errors import UserError, nearest
-from pilotwave.runs import PACKAGES, task_options
+from pilotwave.errors import UserError
+from pilotwave.runs import PACKAGES, provenance, task_options
 
 
 def run(overrides: Sequence[str]) -> None:
@@ -24,33 +25,23 @@ def run(overrides: Sequence[str]) -> None:
     settings = plain(cfg[kind])
     name = str(settings.get("name"))
     task, options = task_options(cfg) if cfg.task.name else (None, {})
-    out = writable_folder(cfg.out or f"runs/{task or 'own'}-{name}")
+    out = writable_folder(cfg.out or f"runs/{task or 'own'}-{name.replace('_', '-')}")
     if cfg.json is not None:
         writable(cfg.json)
 
     import offline
 
-    importlib.import_module(PACKAGES[kind])
-    known = offline.algorithms(kind)
-    if name not in known:
-        raise nearest(kind.replace("_", " "), name, known)
-    store = offline.read(cfg.data, format=cfg.format, observation_keys=cfg.observation_keys)
-    spec = offline.DataSpec.of(store, task_spec(task, options))
-    if cfg.held_out >= store.episodes:
-        raise UserError(f"held_out is {cfg.held_out} of {store.episodes} episodes; keep some to train on")
-    training, held_out = store.split(cfg.held_out, cfg.seed) if cfg.held_out else (store, None)
-    algorithm = known[name](spec, settings)
-    algorithm.prepare(training)
-    metrics = offline.train(
-        algorithm,
-        training,
-        out,
-        offline.TrainConfig(seed=cfg.seed, **plain(cfg.train)),
-        held_out=held_out,
-        resume=cfg.resume,
-        full_config={"task": plain(cfg.task), "data": str(cfg.data)},
-        card={"command": shlex.join(["pilotwave", "train", *overrides]), "data": str(cfg.data)},
-    )
+    importlib.import_module(PACKAGES[kind])  # registers its algorithms
+    training = offline.TrainConfig.from_dict({"seed": cfg.seed, **plain(cfg.train)})
+    facts = task_spec(task, options)
+    images = plain(cfg.images) or (list(facts.images) if facts else False)
+    store = offline.read(cfg.data, format=cfg.format, observation_keys=plain(cfg.observation_keys), images=images)
+    spec = offline.DataSpec.of(store, facts, cfg.dt)
+    algorithm = offline.build(kind, name, spec, settings, cfg.seed)
+    about = {"task_options": facts.options} if facts else {}
+    about |= {"data": str(cfg.data)}
+    card = {**about, "command": shlex.join(["pilotwave", "train", *overrides]), **provenance()}
+    metrics = offline.train(algorithm, store, out, training, resume=cfg.resume, full_config=about, card=card)
     metrics_table(metrics, str(out))
     write_json(cfg.json, metrics)
 
@@ -66,6 +57,8 @@ def chosen_kind(cfg: DictConfig) -> str:
 
 def registered_default(group: str, name: str) -> Mapping[str, Any] | None:
     """The `default_config` of a registered class (a plug-in's) that no file in `configs` describes."""
+    if "offline.algorithm" not in sys.modules:  # nothing can be registered yet, and importing it takes seconds
+        return None
     from offline import algorithms
 
     default = getattr(algorithms(group).get(name), "default_config", None) if group in PACKAGES else None
@@ -82,8 +75,3 @@ def task_spec(task: str | None, options: Mapping[str, Any]) -> Any:
     made = robots.make(task, **options)
     made.close()
     return made.spec
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """Plain Python mappings and lists."""
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
