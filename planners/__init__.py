@@ -1,6 +1,15 @@
 """Planners: observation (and goal) -> plans over a horizon."""
 
+from pathlib import Path
+from typing import Any
+
+from offline import load_run
 from planners.diffuser import Diffuser
 from planners.plan import Plan
 
-__all__ = ["Diffuser", "Plan"]
+__all__ = ["Diffuser", "Plan", "load"]
+
+
+def load(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Any:
+    """The planner of a run directory or checkpoint folder, ready to use. Errors: `UserError` for what is wrong with it."""
+    return load_run(path, kind="planner", ema=ema, device=device)

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample, solver
+from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample, solver, with_sampler
 from diffusion.networks import build_network
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
 from pilotwave.errors import UserError, nearest
+from planners.controller import PlanController
 from planners.plan import Plan
 
 if TYPE_CHECKING:
@@ -278,6 +279,28 @@ class Diffuser(Algorithm):
             # the worst token tells: one step through a wall is enough
             total = total + (error * until).amax(dim=1)
         return total / len(levels)
+
+    def controller(
+        self,
+        task_spec: Any,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        replan_every: int | None = None,
+        samples: int | None = None,
+        track: str | None = None,
+        seed: int = 0,
+    ) -> PlanController:
+        """This planner for roll-outs and robots.
+
+        replan_every: steps between plans, 0 to plan once; samples: plans to choose from; track: "pd" tracks the planned
+        states, "actions" carries out the planned actions. Defaults are the config's `control`.
+        """
+        control = dict(self.config["control"])
+        given = {"replan_every": replan_every, "samples": samples, "track": track}
+        control.update({key: value for key, value in given.items() if value is not None})
+        settings = with_sampler(self.config["sampler"], sampler, steps)
+        return PlanController(self, task_spec, settings, seed=seed, **control)
 
     def _checked(self, what: str, value: Any, width: int) -> np.ndarray:
         array = np.asarray(value, dtype=np.float32)

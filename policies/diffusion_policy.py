@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver
+from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver, with_sampler
 from diffusion.networks import ImageEncoder, build_network
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
 from pilotwave.errors import UserError
+from policies.controller import PolicyController
 
 if TYPE_CHECKING:
     from offline.store import TrajectoryStore
@@ -137,7 +138,7 @@ class DiffusionPolicy(Algorithm):
         expected = (self.To, self.spec.observation_dim)
         if np.shape(arrays["observation"])[-2:] != expected:
             raise UserError(f"history must be (observations, features) = {expected}; got {np.shape(arrays['observation'])}")
-        device = self.normalizer_device
+        device = next(self.parameters()).device
         tensors = {
             key: torch.as_tensor(np.asarray(value), device=device)[None] if single else torch.as_tensor(value, device=device)
             for key, value in arrays.items()
@@ -146,6 +147,17 @@ class DiffusionPolicy(Algorithm):
         actions = self.sample_actions(tensors, self.table(), generator).cpu().numpy()
         return actions[0] if single else actions
 
-    @property
-    def normalizer_device(self) -> torch.device:
-        return next(self.parameters()).device
+    def controller(
+        self,
+        task_spec: Any,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        replan_every: int | None = None,
+        seed: int = 0,
+    ) -> PolicyController:
+        """This policy for roll-outs and robots: another sampler or number of steps, `replan_every` <= Ta actions a chunk."""
+        every = self.Ta if replan_every is None else int(replan_every)
+        if not 1 <= every <= self.Ta:
+            raise UserError(f"replan_every is {every}; this policy gives chunks of {self.Ta} actions, so 1 to {self.Ta}")
+        return PolicyController(self, task_spec.dt, with_sampler(self.config["sampler"], sampler, steps), every, seed)
