@@ -64,15 +64,6 @@ def _find_context() -> Any | None:
     return None
 
 
-def words(text: str, height: int, width: int) -> NDArray[np.uint8]:
-    """A plain picture (height, width, 3) with a line of text."""
-    import cv2
-
-    picture = np.full((height, width, 3), 245, dtype=np.uint8)
-    cv2.putText(picture, text, (12, height // 2), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (60, 60, 60), 1, cv2.LINE_AA)
-    return picture
-
-
 class Recorder:
     """Writes a roll-out's first `count` robots side by side to an .mp4, .webm or .gif file.
 

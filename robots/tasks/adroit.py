@@ -141,18 +141,41 @@ class AdroitDoor(Task):
         return self.observation()
 
     def render(self, i: int = 0) -> NDArray[np.uint8]:
-        from robots.video import offscreen, words
+        from robots.video import offscreen
 
         if self._renderer is None:
+            self._env.model.vis.quality.shadowsize = 1024
             self._renderer = offscreen(self._env.model, 480, 480) or False
-        if self._renderer is False:
-            return words(f"adroit-door  hinge {self._last[i, 28]:.2f} rad", 480, 480)
         self._select(i)
+        if self._renderer is False:
+            return self._draw_top()
         camera = mujoco.MjvCamera()
         for key, value in self._camera_config.items():
             setattr(camera, key, value)
         self._renderer.update_scene(self._env.data, camera=camera)
         return self._renderer.render()
+
+    def _draw_top(self) -> NDArray[np.uint8]:
+        """From above, drawn: the door as a line from its hinge past the handle, the handle, and the hand's bodies."""
+        import cv2
+
+        model, data = self._env.model, self._env.data
+        hinge = data.xanchor[model.joint("door_hinge").id][:2]
+        handle = data.site_xpos[self._env.handle_site_id][:2]
+        middle, scale = self._model_door[:2] - (0.0, 0.25), 480 / 1.4
+
+        def pixel(point: np.ndarray) -> list[int]:
+            return [round(240 + scale * (point[0] - middle[0])), round(240 - scale * (point[1] - middle[1]))]
+
+        picture = np.full((480, 480, 3), 245, dtype=np.uint8)
+        cv2.line(picture, pixel(hinge), pixel(hinge + 1.2 * (handle - hinge)), (150, 90, 40), 6, cv2.LINE_AA)
+        cv2.circle(picture, pixel(handle), 7, (90, 90, 90), -1, cv2.LINE_AA)
+        for body in range(model.body("forearm").id, model.nbody):
+            if model.body(body).rootid == model.body("forearm").rootid:
+                cv2.circle(picture, pixel(data.xpos[body][:2]), 5, (220, 150, 100), -1, cv2.LINE_AA)
+        angle = data.qpos[self._env.door_hinge_addrs]
+        cv2.putText(picture, f"hinge {angle:.2f} rad", (12, 28), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (60, 60, 60), 1)
+        return picture
 
     def close(self) -> None:
         if self._renderer:

@@ -77,7 +77,7 @@ def model_xml(maze: MazeMap) -> str:
     <light pos="{middle} 12" dir="0 0 -1" diffuse=".6 .6 .6"/>
     <camera name="top" fovy="{np.degrees(2 * np.arctan(rows / 2 / 50))}" pos="{middle} 50" xyaxes="0 1 0 -1 0 0"/>
     <geom name="floor" type="plane" size="40 40 .25" pos="0 0 -.1" material="floor" contype="0" conaffinity="0"/>
-    <site name="goal" type="sphere" size=".2" rgba=".9 .2 .2 .8"/>
+    <site name="goal" type="sphere" pos=".5 .5 0" size=".2" rgba=".9 .2 .2 .8"/>
     <body name="ball" pos="{BODY} {BODY} 0">
       <joint name="x" type="slide" axis="1 0 0"/>
       <joint name="y" type="slide" axis="0 1 0"/>
