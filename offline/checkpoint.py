@@ -243,7 +243,7 @@ def load_run(
     """Rebuild the algorithm of a run directory or checkpoint, in float32 and `.eval()`, its averaged weights if `ema`.
 
     `kind` and `task` say what is expected. UserError for anything missing, of another kind or task, corrupt, changed
-    since it was written (sha256), of other shapes, or a pickle.
+    since it was written (sha256), of other shapes, or a pickle. device "auto": a CUDA device where there is one.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -273,6 +273,8 @@ def load_run(
         raise UserError(f"{model} holds no '{wanted}' entries: only the averaged weights were kept; load with ema=True")
     algorithm = known[config["name"]](spec, config["algorithm"])
     _load_strictly(algorithm, state, str(model))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return algorithm.to(device).eval()
 
 
