@@ -1,4 +1,4 @@
-"""The denoiser: whatever the network outputs, D(x_t, t) is its estimate of the clean x_0 (idea 3), and the loss it learns from."""
+"""The denoiser: whatever the network outputs, D(x_t, t) is its estimate of the clean x_0, and its loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _norm(a: Tensor, s: Tensor) -> Tensor:
 PREDICTIONS: dict[str, Prediction] = {
     "data": Prediction(lambda x_0, eps, a, s: x_0, lambda x, out, a, s: out, lambda a, s: torch.ones_like(a)),
     "noise": Prediction(lambda x_0, eps, a, s: eps, lambda x, out, a, s: (x - s * out) / a, lambda a, s: s / a),
-    # Salimans and Ho 2022; divided by (a^2 + s^2)^(1/2), which is 1 under VP and makes it EDM's preconditioning under VE
+    # Salimans and Ho 2022, over (a^2 + s^2)^(1/2): 1 under VP, and EDM's preconditioning under VE
     "v": Prediction(
         lambda x_0, eps, a, s: (a * eps - s * x_0) / _norm(a, s),
         lambda x, out, a, s: a / (a**2 + s**2) * x - s / _norm(a, s) * out,
@@ -67,7 +67,8 @@ class Denoiser(nn.Module):
     """D(x_t, t): (B, H, F), levels -> (B, H, F), the predicted clean data.
 
     The network is called as `network(x, t, condition)` with x scaled to unit variance, t of shape (B, H, G) where G is
-    the number of the layout's groups, and the condition passed through. `t` may be (), (B,), (B, H), (B, H, G) or (B, H, F).
+    the number of the layout's groups, and the condition passed through. `t` may be (), (B,), (B, H), (B, H, G) or
+    (B, H, F).
     """
 
     def __init__(self, network: nn.Module, schedule: NoiseSchedule, layout: Layout, prediction: str = "data") -> None:

@@ -25,7 +25,7 @@ _COSINE_END, _COSINE_S = 0.9946, 0.008
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """alpha(t), sigma(t) for t in [0, 1]; made by one of the named constructors. All functions keep t's shape and dtype.
+    """alpha(t), sigma(t) for t in [0, 1]; made by one of the named constructors. They keep t's shape and dtype.
 
     `config` is the plain data that `NoiseSchedule.from_config` rebuilds the same schedule from.
     """

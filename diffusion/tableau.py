@@ -6,7 +6,7 @@ A row of a `Tableau`, with x the state, d_1, d_2, ... the earlier predictions (n
     d = D(y, t)                              one network evaluation (a row may have none)
     x = U_x x + sum_j U_j d_j + U_d d + U_z z
 
-A coefficient is a Python float, or a tensor that broadcasts over tokens (horizon, features) when levels differ by token.
+A coefficient is a Python float, or a tensor over the tokens (horizon, features) when levels differ by token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Networks that denoise, by name. Each is called as network(x (B, H, F), levels (B, H, G), condition (B, C) or None)."""
+"""Networks that denoise, by name, called as network(x (B, H, F), levels (B, H, G), condition (B, C) or None)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 def build_network(
     name: str, features: int, horizon: int, groups: int, condition_dim: int = 0, **config: Any
 ) -> nn.Module:
-    """The network called `name`; `config` are its own arguments. Errors: `UserError` for unknown names and arguments."""
+    """The network called `name`; `config` are its own arguments. Unknown names and arguments raise `UserError`."""
     if name not in NETWORKS:
         raise nearest("network", name, NETWORKS)
     try:

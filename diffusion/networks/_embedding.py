@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 
 class LevelEmbedding(nn.Module):
-    """Levels t (..., groups) in [0, 1] -> (..., width): sinusoids of 1000 t a group (Vaswani et al. 2017), then a small MLP."""
+    """Levels t (..., groups) in [0, 1] -> (..., width): sinusoids of 1000 t (Vaswani et al. 2017), then a small MLP."""
+
+    omega: Tensor
 
     def __init__(self, groups: int, width: int, frequencies: int = 32) -> None:
         super().__init__()
@@ -17,7 +19,11 @@ class LevelEmbedding(nn.Module):
         self.register_buffer("omega", 1000.0 * scale, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies * groups, width), nn.SiLU(), nn.Linear(width, width))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.mlp.parameters()).dtype
+
     def forward(self, t: Tensor) -> Tensor:
         phase = t[..., None] * self.omega
         features = torch.cat([phase.sin(), phase.cos()], dim=-1).flatten(-2)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(self.dtype))

@@ -1,4 +1,4 @@
-"""Image encoder of Diffusion Policy (Chi et al. 2023, section 3.2): a small ResNet with group norm and a spatial softmax."""
+"""Image encoder of Diffusion Policy (Chi et al. 2023, section 3.2): a ResNet with group norm and a spatial softmax."""
 
 from __future__ import annotations
 

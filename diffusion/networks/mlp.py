@@ -1,6 +1,6 @@
 """Residual MLP over a flattened chunk: the cheapest denoiser for short horizons, and the fastest to train on a CPU.
 
-Source: the residual MLP of IDQL (Hansen-Estruch et al. 2023), with adaptive layer norm (Peebles and Xie 2023) for the level.
+Sources: the residual MLP of IDQL (Hansen-Estruch et al. 2023); adaptive layer norm for levels (Peebles and Xie 2023).
 """
 
 from __future__ import annotations

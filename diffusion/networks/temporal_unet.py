@@ -1,11 +1,12 @@
-"""Temporal U-Net (Janner et al. 2022, appendix C): 1-D convolutions along the horizon, residual blocks with the level added in.
+"""Temporal U-Net (Janner et al. 2022, appendix C): residual blocks of 1-D convolutions along the horizon.
 
-The condition of a policy enters with the level (Chi et al. 2023, FiLM with scale and shift).
+The level, and a policy's condition with it, scales and shifts between the two convolutions (Chi et al. 2023, FiLM).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ class ConvBlock(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         groups = 8 if outputs % 8 == 0 else 1
-        super().__init__(nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2), nn.GroupNorm(groups, outputs), nn.Mish())
+        convolution = nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2)
+        super().__init__(convolution, nn.GroupNorm(groups, outputs), nn.Mish())
 
 
 class ResidualTemporalBlock(nn.Module):
@@ -36,10 +38,20 @@ class ResidualTemporalBlock(nn.Module):
         return self.conv_2(self.conv_1(x) * (1 + scale) + shift) + self.skip(x)
 
 
-class TemporalUNet(nn.Module):
-    """(B, H, features), levels (B, H, groups), condition (B, condition_dim) -> (B, H, features). Any horizon: padded inside.
+class Blocks(nn.ModuleList):
+    """Residual blocks one after the other, with the same embedding."""
 
-    Each token's levels join its features, and the highest level of the trajectory is the one that is embedded.
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, c)
+        return x
+
+
+class TemporalUNet(nn.Module):
+    """(B, H, features), levels (B, H, groups), condition (B, condition_dim) -> (B, H, features), for any horizon H.
+
+    The horizon is padded inside to what the strides divide. Each token's levels join its features, and the highest
+    level of the trajectory is the one that is embedded.
     """
 
     def __init__(
@@ -59,18 +71,17 @@ class TemporalUNet(nn.Module):
         widths = [width * m for m in multipliers]
         pairs = list(zip([features + groups, *widths[:-1]], widths, strict=True))
         self.factor = 2 ** (len(widths) - 1)
-        self.padding = -horizon % self.factor
 
         def block(inputs: int, outputs: int) -> ResidualTemporalBlock:
             return ResidualTemporalBlock(inputs, outputs, embedding, kernel)
 
-        self.downs = nn.ModuleList(nn.ModuleList([block(i, o), block(o, o)]) for i, o in pairs)
+        self.downs = nn.ModuleList(Blocks([block(i, o), block(o, o)]) for i, o in pairs)
         self.shrinks = nn.ModuleList(nn.Conv1d(o, o, 3, stride=2, padding=1) for o in widths[:-1])
-        self.middle = nn.ModuleList([block(widths[-1], widths[-1]), block(widths[-1], widths[-1])])
+        self.middle = Blocks([block(widths[-1], widths[-1]), block(widths[-1], widths[-1])])
         self.grows = nn.ModuleList(
-            nn.ConvTranspose1d(o, i, 4, stride=2, padding=1) for i, o in reversed(list(zip(widths, widths[1:])))
+            nn.ConvTranspose1d(o, i, 4, stride=2, padding=1) for i, o in reversed(list(pairwise(widths)))
         )
-        self.ups = nn.ModuleList(nn.ModuleList([block(2 * i, i), block(i, i)]) for i in reversed(widths[:-1]))
+        self.ups = nn.ModuleList(Blocks([block(2 * i, i), block(i, i)]) for i in reversed(widths[:-1]))
         self.last = nn.Sequential(ConvBlock(width, width, kernel), nn.Conv1d(width, features, 1))
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -80,18 +91,14 @@ class TemporalUNet(nn.Module):
             assert condition is not None, "this network needs a condition"
             c = c + self.condition(condition.to(c.dtype))
         h = torch.cat([x, t], dim=-1).to(c.dtype).transpose(1, 2)
-        h = F.pad(h, (0, self.padding), mode="replicate") if self.padding else h
+        h = F.pad(h, (0, -horizon % self.factor), mode="replicate")
         skips: list[Tensor] = []
         for level, down in enumerate(self.downs):
-            for layer in down:
-                h = layer(h, c)
+            h = down(h, c)
             if level < len(self.shrinks):
                 skips.append(h)
                 h = self.shrinks[level](h)
-        for layer in self.middle:
-            h = layer(h, c)
+        h = self.middle(h, c)
         for grow, up in zip(self.grows, self.ups):
-            h = torch.cat([grow(h), skips.pop()], dim=1)
-            for layer in up:
-                h = layer(h, c)
+            h = up(torch.cat([grow(h), skips.pop()], dim=1), c)
         return self.last(h).transpose(1, 2)[:, :horizon]

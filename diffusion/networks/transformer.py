@@ -1,7 +1,7 @@
 """Transformer denoiser with adaptive layer norm and a level for every token.
 
-Sources: DiT (Peebles and Xie 2023), with one modulation shared by all blocks and a learned offset a block (PixArt-alpha, Chen et al.
-2024, section 2.3), since a modulation for every token in every block would cost as much as the blocks.
+Sources: DiT (Peebles and Xie 2023), with one modulation shared by all blocks and a learned offset a block
+(PixArt-alpha, Chen et al. 2024, section 2.3): one for every token in every block would cost as much as the blocks.
 """
 
 from __future__ import annotations

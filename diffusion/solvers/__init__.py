@@ -41,8 +41,8 @@ def solver(
     """The table of a solver.
 
     steps: how many, uniform in t from 1 to 0, or a decreasing sequence of t that ends at 0 or a small t (a tensor
-    (steps + 1, 1, horizon, groups) gives every token levels of its own). tokens (horizon, groups) in [0, 1] multiplies the
-    levels: 0 for what is known and stays as it is. A layout spreads groups over features. Options go to the solver.
+    (steps + 1, 1, horizon, groups) gives every token levels of its own). tokens (horizon, groups) in [0, 1] multiplies
+    the levels: 0 for what is known and stays as it is. A layout spreads groups over features. Options go to the solver.
     Errors: `UserError` for unknown names and levels that do not decrease.
     """
     if name not in SOLVERS:

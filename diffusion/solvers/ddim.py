@@ -3,7 +3,7 @@
     x_t = alpha_t d + sqrt(sigma_t^2 - v) (x_s - alpha_s d) / sigma_s + sqrt(v) z,
     v   = eta^2 (sigma_t^2 / sigma_s^2) (sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2)        (DDIM, eqs. 12 and 16)
 
-eta = 1 is DDPM's posterior; its larger variance is beta = sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2 (DDPM, section 3.2).
+eta = 1 is DDPM's posterior; its larger variance is beta = sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2 (section 3.2).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""DPM-Solver++ (Lu et al. 2022b): exponential integrators for the data prediction, lambda = log(alpha / sigma), h = lambda_t - lambda_s."""
+"""DPM-Solver++ (Lu et al. 2022b): exponential integrators for the data prediction.
+
+lambda = log(alpha / sigma) and h = lambda_t - lambda_s.
+"""
 
 from __future__ import annotations
 

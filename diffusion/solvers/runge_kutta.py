@@ -1,8 +1,8 @@
 """Runge-Kutta methods on the probability-flow ODE (Karras et al. 2022, eq. 1 and algorithm 1).
 
-With x_hat = x / c and w = sigma / c every schedule's ODE is d x_hat / d w = (x_hat - D) / w, for c = alpha (EDM's own form) and for
-c = alpha + sigma, which stays finite where alpha(1) = 0 (under the linear flow it is the flow's own ODE, w = t). Euler's method
-is the same in both, and is DDIM with eta = 0.
+With x_hat = x / c and w = sigma / c every schedule's ODE is d x_hat / d w = (x_hat - D) / w: for c = alpha (EDM's own
+form), and for c = alpha + sigma, which stays finite where alpha(1) = 0 (under the linear flow it is the flow's own ODE,
+w = t). Euler's method is the same in both, and is DDIM with eta = 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def heun(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
     """Heun's second-order method; the step to sigma = 0, where the slope is not defined, is Euler's.
 
     Two rows a step: the first evaluates d_1 at x_s and leaves x, the second evaluates d_2 at Euler's x', and
-    x_hat_t = x_hat_s + (w_t - w_s) / 2 ((x_hat_s - d_1) / w_s + (x'_hat - d_2) / w_t), which with r = w_t / w_s gathers to
+    x_hat_t = x_hat_s + (w_t - w_s) / 2 ((x_hat_s - d_1) / w_s + (x'_hat - d_2) / w_t), or, with r = w_t / w_s,
     x_t = (sigma_t / sigma_s) x_s + c_t (1 - r) (2 - 1 / r) / 2 d_1 + c_t (1 / r - 1) / 2 d_2.
     """
     alpha, sigma = at(schedule, levels)
