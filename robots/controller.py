@@ -45,6 +45,18 @@ class Tracker(Protocol):
         """The action (n, Da) for the state observation (n, Do) and a reference (n, R)."""
         ...
 
+    def rest(self, observation: FloatArray) -> FloatArray | None:
+        """The reference (n, R) that stands still where the robot is; None where that cannot be told."""
+        ...
+
+    def hold(self, reference: FloatArray) -> FloatArray:
+        """The reference (n, R) that stands still at the given one."""
+        ...
+
+    def expected(self, observation: FloatArray, now: FloatArray, then: FloatArray) -> FloatArray | None:
+        """The observation (n, Do) once the reference went from `now` to `then`; None where that cannot be told."""
+        ...
+
 
 class Controller(Protocol):
     """A planner or policy with its tracker.

@@ -23,6 +23,16 @@ class DirectTracker:
         """Actions (n, Da) = references."""
         return reference
 
+    def rest(self, observation: FloatArray) -> None:
+        """Unknown: which action keeps a robot at rest depends on the robot."""
+
+    def hold(self, reference: FloatArray) -> FloatArray:
+        """The action itself."""
+        return reference
+
+    def expected(self, observation: FloatArray, now: FloatArray, then: FloatArray) -> None:
+        """Unknown: actions do not say where the robot will be."""
+
 
 @dataclass(frozen=True)
 class PDTracker:
@@ -66,3 +76,21 @@ class PDTracker:
         action = self.kp * (reference[:, :width] - observation[:, self.position])
         action = action + self.kd * (reference[:, width:] - observation[:, self.velocity])
         return np.clip(action, self.low, self.high)
+
+    def rest(self, observation: FloatArray) -> FloatArray:
+        """The reference (n, 2 P) that stands still where the robot is."""
+        position = np.asarray(observation[:, self.position], dtype=np.float64)
+        return np.concatenate([position, np.zeros_like(position)], axis=1)
+
+    def hold(self, reference: FloatArray) -> FloatArray:
+        """The same position, at rest."""
+        width = reference.shape[1] // 2
+        return np.concatenate([reference[:, :width], np.zeros_like(reference[:, width:])], axis=1)
+
+    def expected(self, observation: FloatArray, now: FloatArray, then: FloatArray) -> FloatArray:
+        """The observation (n, Do) after moving as far as from reference `now` to `then` (n, 2 P)."""
+        width = now.shape[1] // 2
+        moved = observation.copy()
+        moved[:, self.position] += then[:, :width] - now[:, :width]
+        moved[:, self.velocity] += then[:, width:] - now[:, width:]
+        return moved
