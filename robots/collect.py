@@ -162,8 +162,9 @@ def collect(
     progress: Progress | None = None,
     *,
     noise: float = 0.5,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Collect `steps` steps on a task (a name of `robots.make`, or a task) and write them to `out` as D4RL HDF5.
+    """Collect `steps` steps on a task (a name of `robots.make` with its options, or a task) and write D4RL HDF5.
 
     Columns: observations, actions, rewards, terminals (never), timeouts (at the end of each stream), infos/goal (the
     controller's goal of the moment), infos/qpos, infos/qvel. A reward is the one that its step returns towards the
@@ -176,7 +177,7 @@ def collect(
         raise UserError(f"steps={steps}; collect needs a whole number of steps, 1 or more")
     if not noise >= 0:
         raise UserError(f"noise={noise}; right is a standard deviation, 0 or more")
-    task = make(task) if isinstance(task, str) else task
+    task = make(task, **options) if isinstance(task, str) else task
     collectors = [function for kind, function in COLLECTORS.items() if isinstance(task, kind)]
     if not collectors:
         raise UserError(f"no scripted controller for task '{task.spec.name}'; collect works with the pointmaze tasks")

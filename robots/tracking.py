@@ -62,7 +62,7 @@ class PDTracker:
         here, there = points[:, at], points[:, min(at + 1, last)]
         between = (1.0 - weight) * here + weight * there
         position = between[:, self.position]
-        if index >= last:
+        if index > last - 1e-6:
             velocity = np.zeros_like(position)
         elif points.shape[2] > position.shape[1]:
             velocity = between[:, self.velocity]
