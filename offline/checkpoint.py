@@ -49,8 +49,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise writing_error(path, error, len(content)) from error
+    finally:
+        temporary.unlink(missing_ok=True)  # there only when something failed
 
 
 def writing_error(path: Path, error: OSError, size: int = 0) -> UserError:
@@ -96,11 +97,11 @@ def _read(path: Path) -> bytes:
 
 
 def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
-    if content[:2] == b"PK" or content[:1] == b"\x80":
-        raise UserError(f"{path} is a pickle, not safetensors; pickles can run code and are refused")
     try:
         return safetensors.torch.load(content)
     except (SafetensorError, KeyError, ValueError) as error:
+        if content[:2] == b"PK" or content[:1] == b"\x80":
+            raise UserError(f"{path} is a pickle, not safetensors; pickles can run code and are refused") from error
         raise UserError(f"{path} is corrupt or truncated ({error}); copy it again, or train again") from error
 
 

@@ -21,8 +21,8 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(out: Path, **settings) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.tiny", str(out), *(f"{k}={v}" for k, v in settings.items())]
+def start(out: Path, *, launcher: tuple[str, ...] = (), **settings) -> subprocess.Popen:
+    command = [sys.executable, *launcher, "-m", "tests.tiny", str(out), *(f"{k}={v}" for k, v in settings.items())]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -77,7 +77,7 @@ def test_two_kills(tmp_path):
 
 @pytest.mark.slow
 def test_ten_kills(tmp_path):
-    kill_and_resume(tmp_path, kills=10, steps=4000, seed=1)
+    kill_and_resume(tmp_path, kills=10, steps=2500, seed=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -97,4 +97,21 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, number):
     assert f"stopped at step {saved} of 800" in errors
     assert "resume" in errors
     tiny.run(broken, **settings)
+    assert_same(whole, broken)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_and_resume_exactly(tmp_path):
+    """Over gloo: one run directory, one way to stop, the same weights as without stopping."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    settings = {"steps": 300, "save_every": 10, "log_every": 100}
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    errors = start(whole, launcher=launcher, **settings).communicate()[1]
+    assert load_state(whole)[1]["processes"] == 2, errors
+    process = start(broken, launcher=launcher, **settings)
+    wait_for_step(broken, 20, process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate()[1]
+    assert f"stopped at step {load_state(broken)[1]['step']} of 300" in errors
+    assert start(broken, launcher=launcher, **settings).wait() == 0
     assert_same(whole, broken)
