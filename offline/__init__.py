@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from offline.checkpoint import export_checkpoint, load_run, save_run, update_card
     from offline.formats import formats_known, read, write
     from offline.normalizer import Normalizer
+    from offline.retiming import retime
     from offline.store import TrajectoryStore
     from offline.trainer import Interrupted, TrainConfig, train
     from offline.windows import Windows
@@ -32,6 +33,7 @@ _HOME = {  # public name -> module it lives in
     "load_run": "checkpoint",
     "read": "formats",
     "register": "algorithm",
+    "retime": "retiming",
     "save_run": "checkpoint",
     "train": "trainer",
     "update_card": "checkpoint",
@@ -53,6 +55,7 @@ __all__ = [
     "load_run",
     "read",
     "register",
+    "retime",
     "save_run",
     "train",
     "update_card",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver, with_sampler
 from diffusion.networks import ImageEncoder, build_network
-from offline import Algorithm, DataSpec, Normalizer, Windows, register
+from offline import Algorithm, DataSpec, Normalizer, Windows, register, retime
 from pilotwave.errors import UserError
 from policies.controller import PolicyController
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @register
 class DiffusionPolicy(Algorithm):
-    """Config (configs/policy/diffusion_policy.yaml): observations To, horizon T, execute Ta, stride, schedule, prediction,
+    """Config (configs/policy/diffusion_policy.yaml): observations To, horizon T, execute Ta, speed, schedule, prediction,
     weighting, network, image_encoder, normalizer, sampler.
 
-    `stride` s trains on every s-th recorded step: the policy then carries the task out s times as fast as the demonstrations.
+    `speed` s trains on the demonstrations carried out s times as fast.
     """
 
     kind, name = "policy", "diffusion_policy"
@@ -44,7 +44,6 @@ class DiffusionPolicy(Algorithm):
                 f"a horizon of {self.T} cannot hold {self.To - 1} past and {self.Ta} executed actions; "
                 "make policy.horizon at least policy.observations - 1 + policy.execute, each at least 1"
             )
-        self.stride = int(config["stride"])
         self.layout = Layout(action=spec.action_dim)
         self.normalizer = Normalizer.from_shapes({"observation": spec.observation_dim, "action": spec.action_dim})
         self.encoders = nn.ModuleDict({key: ImageEncoder(**config["image_encoder"]) for key in spec.images})
@@ -68,12 +67,12 @@ class DiffusionPolicy(Algorithm):
         return np.clip(actions, np.float32(self.spec.action_low), np.float32(self.spec.action_high))
 
     def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
+        store = retime(store, float(self.config["speed"]))
         columns = ["observation", "action", *self.spec.images]
         windows = Windows(
             store,
             self.T,
             columns=columns,
-            stride=self.stride,
             pad_before=self.To - 1,
             pad_after=self.Ta - 1,
             device=device,
