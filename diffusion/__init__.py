@@ -3,7 +3,7 @@
 from diffusion.denoiser import PREDICTIONS, WEIGHTINGS, Denoiser
 from diffusion.layout import Layout
 from diffusion.schedule import SCHEDULES, NoiseSchedule
-from diffusion.solvers import solver, solvers, with_sampler
+from diffusion.solvers import solver, solvers
 from diffusion.tableau import Row, Tableau, sample
 
 __all__ = [
@@ -18,5 +18,4 @@ __all__ = [
     "sample",
     "solver",
     "solvers",
-    "with_sampler",
 ]

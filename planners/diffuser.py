@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample, solver, with_sampler
+from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample, solver
 from diffusion.networks import build_network
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
 from pilotwave.errors import UserError, nearest
@@ -284,8 +284,7 @@ class Diffuser(Algorithm):
         self,
         task_spec: Any,
         *,
-        sampler: str | None = None,
-        steps: int | None = None,
+        sampler: Mapping[str, Any] | None = None,
         replan_every: int | None = None,
         samples: int | None = None,
         track: str | None = None,
@@ -299,7 +298,7 @@ class Diffuser(Algorithm):
         control = dict(self.config["control"])
         given = {"replan_every": replan_every, "samples": samples, "track": track}
         control.update({key: value for key, value in given.items() if value is not None})
-        settings = with_sampler(self.config["sampler"], sampler, steps)
+        settings = sampler or self.config["sampler"]
         return PlanController(self, task_spec, settings, seed=seed, **control)
 
     def _checked(self, what: str, value: Any, width: int) -> np.ndarray:

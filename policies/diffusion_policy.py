@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver, with_sampler
+from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver
 from diffusion.networks import ImageEncoder, build_network
 from offline import Algorithm, DataSpec, Normalizer, Windows, register, retime
 from pilotwave.errors import UserError
@@ -150,13 +150,12 @@ class DiffusionPolicy(Algorithm):
         self,
         task_spec: Any,
         *,
-        sampler: str | None = None,
-        steps: int | None = None,
+        sampler: Mapping[str, Any] | None = None,
         replan_every: int | None = None,
         seed: int = 0,
     ) -> PolicyController:
-        """This policy for roll-outs and robots: another sampler or number of steps, `replan_every` <= Ta actions a chunk."""
+        """This policy for roll-outs and robots: another sampler {name, steps}, `replan_every` <= Ta actions a chunk."""
         every = self.Ta if replan_every is None else int(replan_every)
         if not 1 <= every <= self.Ta:
             raise UserError(f"replan_every is {every}; this policy gives chunks of {self.Ta} actions, so 1 to {self.Ta}")
-        return PolicyController(self, task_spec.dt, with_sampler(self.config["sampler"], sampler, steps), every, seed)
+        return PolicyController(self, task_spec.dt, sampler or self.config["sampler"], every, seed)

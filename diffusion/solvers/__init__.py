@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,15 +57,6 @@ def solver(
         return Tableau(name, tuple(rows(schedule, levels, **options)), order)
     except TypeError as error:
         raise UserError(f"sampler '{name}' does not take these options: {', '.join(options)}") from error
-
-
-def with_sampler(settings: Mapping[str, Any], name: str | None = None, steps: int | None = None) -> dict[str, Any]:
-    """Sampler settings {name, steps, options} with another name (its options then go) or another number of steps."""
-    if name is None or name == settings["name"]:
-        changed = dict(settings)
-    else:
-        changed = {"name": name, "steps": settings["steps"]}
-    return changed if steps is None else {**changed, "steps": steps}
 
 
 def _levels(steps: int | Sequence[float] | Tensor) -> Tensor:
