@@ -11,5 +11,5 @@ __all__ = ["Diffuser", "Plan", "load"]
 
 
 def load(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Any:
-    """The planner of a run directory or checkpoint folder, ready to use. Errors: `UserError` for what is wrong with it."""
+    """The planner of a run directory or checkpoint folder, ready to use. Errors: `UserError` naming what is wrong."""
     return load_run(path, kind="planner", ema=ema, device=device)

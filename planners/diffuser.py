@@ -1,13 +1,14 @@
 """Diffuser (Janner et al. 2022): plan by denoising a whole trajectory, with what is known held clean.
 
-A trajectory is H tokens of (goal features, other observation features, action), `stride` environment steps apart. To plan from o to a
-goal g (section 4.3, in-painting), token 0's observation and the goal features of the arrival token are clean (level 0) while all
-else is denoised; with rewards instead of goals, the gradient of a value network on noisy trajectories steers it (section 3.2,
-algorithm 1):
+A trajectory is H tokens of (goal features, other observation features, action), `stride` environment steps apart. To
+plan from o to a goal g (section 4.3, in-painting), token 0's observation and the goal features of the arrival token are
+clean (level 0) while all else is denoised; with rewards instead of goals, the gradient of a value network on noisy
+trajectories steers it (section 3.2, algorithm 1):
 
     d <- d + scale (sigma_t^2 / alpha_t) grad_x V(x_t, t)        eq. 3's shifted mean, written for the data prediction
 
-Training draws the arrival token at random, so that a plan may arrive early and stay; the paper's fixed last token is `arrivals: last`.
+Training draws the arrival token at random, so that a plan may arrive early and stay; the paper's fixed last token is
+`arrivals: last`.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ ARRIVALS = {
 
 @register
 class Diffuser(Algorithm):
-    """Config (configs/planner/diffuser.yaml): horizon H, stride, actions, arrivals, schedule, prediction, weighting, network,
-    normalizer, sampler, value ({scale, discount, network} or null), and what planning does with them.
+    """Config (configs/planner/diffuser.yaml): horizon H, stride, actions, arrivals, schedule, prediction, weighting,
+    network, normalizer, sampler, value ({scale, discount, network} or null), and what planning does with them.
     """
 
     kind, name = "planner", "diffuser"
@@ -61,7 +62,7 @@ class Diffuser(Algorithm):
         super().__init__(spec, config)
         self.H, self.stride = int(config["horizon"]), int(config["stride"])
         if self.H < 2 or self.stride < 1:
-            raise UserError(f"planner.horizon={self.H}, planner.stride={self.stride}; need at least 2 tokens, 1 step apart")
+            raise UserError(f"planner.horizon={self.H}, planner.stride={self.stride}; at least 2 and 1 are needed")
         if config["arrivals"] not in ARRIVALS:
             raise nearest("planner.arrivals", str(config["arrivals"]), ARRIVALS)
         self.arrivals = ARRIVALS[config["arrivals"]]
@@ -91,7 +92,7 @@ class Diffuser(Algorithm):
         columns = ["observation", "action"]
         if self.value_config:
             if "reward" not in store.columns:
-                raise UserError("value guidance needs a reward column in the data; leave planner.value null without one")
+                raise UserError("value guidance needs rewards in the data; leave planner.value null without them")
             columns.append("reward")
         windows = Windows(store, self.H, columns=columns, stride=self.stride, device=device)
         normalizer = self.normalizer.to(device)
@@ -119,7 +120,7 @@ class Diffuser(Algorithm):
         return torch.cat(parts, dim=-1)
 
     def clean(self, arrival: Tensor | None, batch: int, device: torch.device) -> Tensor:
-        """What is known: (batch, H, groups) bool, the first observation and, given arrival tokens (batch,), the goal there."""
+        """What is known, (batch, H, groups) bool: the first observation and the goal at the arrival tokens (batch,)."""
         known = torch.zeros(batch, self.H, len(self.layout.groups), dtype=torch.bool, device=device)
         observed = [i for i, group in enumerate(self.layout.groups) if group in ("goal", "rest")]
         known[:, 0, observed] = True
@@ -174,7 +175,7 @@ class Diffuser(Algorithm):
         table: Tableau,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Normalized trajectories (B, H, F) from normalized observations (B, Do), goals (B, Dg) and arrival tokens (B,)."""
+        """Trajectories (B, H, F) from observations (B, Do), goals (B, Dg), all normalized, and arrival tokens (B,)."""
         b, device = observation.shape[0], observation.device
         known = torch.zeros(b, self.H, self.layout.features, device=device)
         known[:, 0, : self.spec.observation_dim] = observation
@@ -214,7 +215,8 @@ class Diffuser(Algorithm):
         if self.spec.goal_dim:
             if goal is None:
                 raise UserError(f"this planner needs a goal of {self.spec.goal_dim} numbers")
-            goal = np.broadcast_to(self._checked("goal", goal, self.spec.goal_dim), (len(observation), self.spec.goal_dim))
+            goal = self._checked("goal", goal, self.spec.goal_dim)
+            goal = np.broadcast_to(goal, (len(observation), self.spec.goal_dim))
         device = next(self.parameters()).device
         o = self.normalizer.normalize("observation", torch.as_tensor(observation, device=device))
         o = o.repeat_interleave(samples, 0)
@@ -248,7 +250,7 @@ class Diffuser(Algorithm):
         return torch.where((token > arrival[:, None])[..., None], at[:, None], observations)
 
     def _values(self, x: Tensor, o: Tensor, g: Tensor | None, arrival: Tensor | None) -> Tensor:
-        """(B,): the value network's estimate where there is one; else minus the arrival token and minus the surprise."""
+        """(B,): the value network's estimate, or without one minus the arrival token and the surprise."""
         if self.value_config:
             with torch.no_grad():
                 return self._value(x, torch.zeros((), device=x.device))
@@ -259,9 +261,9 @@ class Diffuser(Algorithm):
 
     @torch.no_grad()
     def surprise(self, x: Tensor, arrival: Tensor | None) -> Tensor:
-        """How unlikely plans x (B, H, F) are: the denoiser's error on them at a few levels, relative to what is usual, (B,).
+        """How unlikely plans x (B, H, F) are, (B,): the denoiser's error on them at the config's `surprise_levels`.
 
-        It is the integrand of the evidence bound (Kingma et al. 2021, eq. 11) at `levels`, with the same noise for all plans.
+        It is the integrand of the evidence bound (Kingma et al. 2021, eq. 11), with the same noise for all plans.
         """
         levels = self.config["surprise_levels"]
         if not levels:

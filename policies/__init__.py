@@ -10,5 +10,5 @@ __all__ = ["DiffusionPolicy", "load"]
 
 
 def load(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Any:
-    """The policy of a run directory or checkpoint folder, ready to use. Errors: `UserError` for what is wrong with it."""
+    """The policy of a run directory or checkpoint folder, ready to use. Errors: `UserError` naming what is wrong."""
     return load_run(path, kind="policy", ema=ema, device=device)

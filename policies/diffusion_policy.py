@@ -1,4 +1,4 @@
-"""Diffusion Policy (Chi et al. 2023): the next chunk of actions is sampled given the last observations, and part of it is executed.
+"""Diffusion Policy (Chi et al. 2023): the next chunk of actions is sampled given the last observations.
 
 With observations o_1..o_To (the last one is now), a chunk of T actions whose first To - 1 lie in the past is denoised:
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 @register
 class DiffusionPolicy(Algorithm):
-    """Config (configs/policy/diffusion_policy.yaml): observations To, horizon T, execute Ta, speed, schedule, prediction,
-    weighting, network, image_encoder, normalizer, sampler.
+    """Config (configs/policy/diffusion_policy.yaml): observations To, horizon T, execute Ta, speed, schedule,
+    prediction, weighting, network, image_encoder, normalizer, sampler.
 
     `speed` s trains on the demonstrations carried out s times as fast.
     """
@@ -136,12 +136,11 @@ class DiffusionPolicy(Algorithm):
         single = np.ndim(arrays["observation"]) == 2
         expected = (self.To, self.spec.observation_dim)
         if np.shape(arrays["observation"])[-2:] != expected:
-            raise UserError(f"history must be (observations, features) = {expected}; got {np.shape(arrays['observation'])}")
+            got = np.shape(arrays["observation"])
+            raise UserError(f"history must be (observations, features) = {expected}; got {got}")
         device = next(self.parameters()).device
-        tensors = {
-            key: torch.as_tensor(np.asarray(value), device=device)[None] if single else torch.as_tensor(value, device=device)
-            for key, value in arrays.items()
-        }
+        tensors = {key: torch.as_tensor(np.asarray(value), device=device) for key, value in arrays.items()}
+        tensors = {key: value[None] if single else value for key, value in tensors.items()}
         tensors["observation"] = tensors["observation"].float()
         actions = self.sample_actions(tensors, self.table(), generator).cpu().numpy()
         return actions[0] if single else actions
@@ -154,8 +153,8 @@ class DiffusionPolicy(Algorithm):
         replan_every: int | None = None,
         seed: int = 0,
     ) -> PolicyController:
-        """This policy for roll-outs and robots: another sampler {name, steps}, `replan_every` <= Ta actions a chunk."""
+        """This policy for roll-outs and robots: another sampler {name, steps}, `replan_every` <= Ta actions."""
         every = self.Ta if replan_every is None else int(replan_every)
         if not 1 <= every <= self.Ta:
-            raise UserError(f"replan_every is {every}; this policy gives chunks of {self.Ta} actions, so 1 to {self.Ta}")
+            raise UserError(f"replan_every is {every}; chunks of {self.Ta} actions allow 1 to {self.Ta}")
         return PolicyController(self, task_spec.dt, sampler or self.config["sampler"], every, seed)
