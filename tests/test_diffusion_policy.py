@@ -104,7 +104,7 @@ def test_past_actions_of_the_chunk_are_not_executed():
 
 @pytest.mark.parametrize("changes", [{"execute": 8}, {"execute": 0}, {"observations": 0}])
 def test_horizons_that_cannot_hold_the_chunk_are_named(changes):
-    with pytest.raises(UserError, match="policy.horizon"):
+    with pytest.raises(UserError, match=r"policy\.horizon"):
         build(toy_store(), **changes)
 
 

@@ -8,6 +8,22 @@ import torch
 from torch import Tensor, nn
 
 
+class FourierFeatures(nn.Module):
+    """x (..., F) -> (..., F (1 + 2 n)): x beside sin and cos of pi 2^k x, k = 0 .. n - 1 (Tancik et al. 2020).
+
+    They let a network see sharp borders, such as a maze's walls, in smooth coordinates.
+    """
+
+    def __init__(self, features: int, frequencies: int) -> None:
+        super().__init__()
+        self.register_buffer("omega", math.pi * 2.0 ** torch.arange(frequencies), persistent=False)
+        self.output_dim = features * (1 + 2 * frequencies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        phase = (x[..., None] * self.omega).flatten(-2)
+        return torch.cat([x, phase.sin(), phase.cos()], dim=-1)
+
+
 class LevelEmbedding(nn.Module):
     """Levels t (..., groups) in [0, 1] -> (..., width): sinusoids of 1000 t (Vaswani et al. 2017), then a small MLP."""
 

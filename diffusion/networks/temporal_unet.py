@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.networks._embedding import LevelEmbedding
+from diffusion.networks._embedding import FourierFeatures, LevelEmbedding
 
 
 class ConvBlock(nn.Sequential):
@@ -63,13 +63,15 @@ class TemporalUNet(nn.Module):
         width: int = 32,
         multipliers: Sequence[int] = (1, 2, 4),
         kernel: int = 5,
+        fourier: int = 0,
     ) -> None:
         super().__init__()
+        self.fourier = FourierFeatures(features, fourier)
         embedding = 4 * width
         self.level = LevelEmbedding(1, embedding)
         self.condition = nn.Linear(condition_dim, embedding) if condition_dim else None
         widths = [width * m for m in multipliers]
-        pairs = list(zip([features + groups, *widths[:-1]], widths, strict=True))
+        pairs = list(zip([self.fourier.output_dim + groups, *widths[:-1]], widths, strict=True))
         self.factor = 2 ** (len(widths) - 1)
 
         def block(inputs: int, outputs: int) -> ResidualTemporalBlock:
@@ -90,7 +92,7 @@ class TemporalUNet(nn.Module):
         if self.condition is not None:
             assert condition is not None, "this network needs a condition"
             c = c + self.condition(condition.to(c.dtype))
-        h = torch.cat([x, t], dim=-1).to(c.dtype).transpose(1, 2)
+        h = torch.cat([self.fourier(x), t], dim=-1).to(c.dtype).transpose(1, 2)
         h = F.pad(h, (0, -horizon % self.factor), mode="replicate")
         skips: list[Tensor] = []
         for level, down in enumerate(self.downs):

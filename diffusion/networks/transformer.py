@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion.networks._embedding import LevelEmbedding
+from diffusion.networks._embedding import FourierFeatures, LevelEmbedding
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -56,9 +56,11 @@ class Transformer(nn.Module):
         heads: int = 4,
         expansion: int = 4,
         causal: bool = False,
+        fourier: int = 0,
     ) -> None:
         super().__init__()
-        self.embed = nn.Linear(features, width)
+        self.fourier = FourierFeatures(features, fourier)
+        self.embed = nn.Linear(self.fourier.output_dim, width)
         self.position = nn.Parameter(0.02 * torch.randn(horizon, width))
         self.level = LevelEmbedding(groups, width)
         self.condition = nn.Linear(condition_dim, width) if condition_dim else None
@@ -77,7 +79,7 @@ class Transformer(nn.Module):
             assert condition is not None, "this network needs a condition"
             c = c + self.condition(condition.to(c.dtype))[:, None]
         c = F.silu(c)
-        h = self.embed(x.to(c.dtype)) + self.position
+        h = self.embed(self.fourier(x).to(c.dtype)) + self.position
         modulation = self.modulation(c)
         for block in self.blocks:
             h = block(h, modulation)
