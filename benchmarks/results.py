@@ -1,0 +1,113 @@
+"""Runs the commands of the results table and writes what they measured to docs/results.md and docs/results/*.json.
+
+    python benchmarks/results.py            # every row
+    python benchmarks/results.py pusht      # the rows whose name holds a word
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "docs" / "results"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: what is measured, by which command, which figures of its JSON are shown, beside which others."""
+
+    name: str
+    command: str
+    figures: dict[str, str]
+    beside: str = ""
+
+
+SUCCESS = {"success": "success_rate", "return": "return_mean", "latched return": "latched_return_mean"}
+SUCCESS |= {"first reach step": "first_reach_steps_mean", "decision p50 ms": "decision_ms.p50"}
+FIXED = {"D4RL score": "normalized_return_mean", "latched": "normalized_latched_return_mean", "success": "success_rate"}
+DEMONSTRATOR = "the demonstrator {} on the same goal; Diffuser {}, Hierarchical Diffuser {} (published)"
+
+
+def maze(size: str, *scores: str) -> list[Result]:
+    """The rows of one maze: random goals, D4RL's goal, and the diffused actions in place of the PD law."""
+    run = f"pilotwave rollout checkpoints/pointmaze-{size}-diffuser episodes=200 seed=0"
+    return [
+        Result(f"pointmaze-{size}, random starts and goals", run, SUCCESS),
+        Result(f"pointmaze-{size}, D4RL's goal", f"{run} task.goal=fixed", FIXED, DEMONSTRATOR.format(*scores)),
+        Result(f"pointmaze-{size}, its own actions", f"{run} controller.track=actions", SUCCESS),
+    ]
+
+
+RESULTS = [
+    *maze("umaze", "141.9", "113.9", "128.4"),
+    *maze("medium", "158.3", "121.5", "135.6"),
+    *maze("large", "210.3", "123.0", "155.8"),
+    Result(
+        "pusht",
+        "pilotwave rollout checkpoints/pusht-diffusion-policy episodes=200 seed=100000",
+        {"mean of max clip(coverage / 0.95)": "score_mean", "success": "success_rate", "p50 ms": "decision_ms.p50"},
+        "the people who demonstrated: 0.892; Diffusion Policy 0.95 best, 0.91 mean of the last ten (published)",
+    ),
+    Result(
+        "adroit-door",
+        "pilotwave rollout checkpoints/adroit-door-diffusion-policy episodes=200 seed=0",
+        {"D4RL score": "normalized_return_mean", "success": "success_rate", "p50 ms": "decision_ms.p50"},
+        "published methods on the same data: below 6; the demonstrations cut to 200 steps: 7.7",
+    ),
+]
+
+
+def value(metrics: dict[str, Any], key: str) -> str:
+    """A figure of the JSON by its dotted key, short."""
+    for part in key.split("."):
+        metrics = metrics.get(part) if isinstance(metrics, dict) else None  # type: ignore[assignment]
+    return "-" if metrics is None else f"{metrics:.4g}"
+
+
+def file_of(result: Result) -> Path:
+    """Where a row's JSON lies."""
+    return OUT / f"{result.name.replace(', ', '-').replace(' ', '-').replace(chr(39), '')}.json"
+
+
+def measure(result: Result) -> None:
+    """Runs a row's command in the repository, its JSON into docs/results."""
+    target = file_of(result)
+    words = shlex.split(result.command)
+    subprocess.run([sys.executable, "-m", *words, f"json={target}"], cwd=ROOT, check=True)
+    metrics = json.loads(target.read_text())
+    metrics.pop("per_episode", None)  # long, and the same command makes it again
+    target.write_text(json.dumps(metrics | {"command": result.command}, indent=1) + "\n")
+
+
+def page() -> str:
+    """docs/results.md from the JSON files that are there."""
+    rows = ["| what | measured | beside it | command |", "| --- | --- | --- | --- |"]
+    for result in RESULTS:
+        file = file_of(result)
+        if file.exists():
+            metrics = json.loads(file.read_text())
+            shown = ", ".join(f"{name} {value(metrics, key)}" for name, key in result.figures.items())
+            rows.append(f"| {result.name} | {shown} | {result.beside} | `{result.command}` |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Measure the chosen rows and write the page's table between its marks."""
+    OUT.mkdir(exist_ok=True)
+    for result in RESULTS:
+        if all(word in result.name for word in sys.argv[1:]):
+            measure(result)
+    path = ROOT / "docs" / "results.md"
+    before, _, rest = path.read_text().partition("<!-- table -->")
+    after = rest.partition("<!-- end -->")[2]
+    path.write_text(f"{before}<!-- table -->\n{page()}\n<!-- end -->{after}")
+
+
+if __name__ == "__main__":
+    main()
