@@ -169,9 +169,7 @@ class Normalizer(nn.Module):
         return cls(groups, modes)
 
     @classmethod
-    def fit(
-        cls, data: Mapping[str, np.ndarray | Tensor], modes: Mapping[str, Mode] | Mode = "limits"
-    ) -> Normalizer:
+    def fit(cls, data: Mapping[str, np.ndarray | Tensor], modes: Mapping[str, Mode] | Mode = "limits") -> Normalizer:
         """The normalizer of `data`: name -> (..., F). Raises UserError on NaN or empty data."""
         flat = {name: _rows(values) for name, values in data.items()}
         normalizer = cls({name: rows.shape[1] for name, rows in flat.items()}, modes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from offline.formats._doors import refuse
 from offline.store import DEFAULT_BUDGET, Space, TrajectoryStore
 from pilotwave.errors import UserError, nearest
 
-_MODULES = ("d4rl", "zarr", "lerobot")  # in the order in which they are tried
+_MODULES = ("d4rl", "robomimic", "minari", "zarr", "lerobot", "ogbench", "npy")  # in the order in which they are tried
 
 
 def formats_known() -> dict[str, Format]:
@@ -94,10 +95,8 @@ def write(store: TrajectoryStore, path: str | Path, format: str) -> Path:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 __all__ = ["Format", "Options", "detect", "formats_known", "read", "write"]

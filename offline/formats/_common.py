@@ -99,7 +99,7 @@ class Source:
         shape = (self.shape[0], *self.shape[2:], self.shape[1]) if first else self.shape
         out = space.empty(shape, np.uint8)
         floating = self.dtype.kind == "f"
-        unit = floating and max((float(p.max()) for p in self.pieces() if p.size), default=0.0) <= 1.0
+        unit = floating and not any(p.size and p.max() > 1.0 for p in self.pieces())
         row = 0
         for piece in self.pieces():
             piece = np.moveaxis(piece, 1, -1) if first else piece
@@ -113,8 +113,11 @@ class Source:
 _SELECTOR = re.compile(r"^(?P<key>.+?)(?:\[(?P<start>-?\d*)(?P<colon>:?)(?P<stop>-?\d*)\])?$")
 
 
-def join(sources: Mapping[str, Source], selectors: Sequence[str], space: Space) -> tuple[np.ndarray, list[str]]:
-    """"observation" (N, Do) float32 and its feature names, from selectors like "state", "state[2]", "state[0:2]"."""
+def join(
+    sources: Mapping[str, Source], selectors: Sequence[str], space: Space
+) -> tuple[np.ndarray, list[str], list[list[Any]]]:
+    """The column "observation" (N, Do) float32, its feature names, and (selector, width) of its parts, from selectors
+    like "state", "state[2]", "state[0:2]"."""
     parts: list[tuple[Source, slice, str]] = []
     names: list[str] = []
     for selector in selectors:
@@ -143,14 +146,15 @@ def join(sources: Mapping[str, Source], selectors: Sequence[str], space: Space) 
         if source.shape[0] != rows:
             raise UserError(f"observation key '{selector}' has {source.shape[0]} rows, '{parts[0][2]}' has {rows}")
     out = space.empty((rows, len(names)), np.float32)
-    column = 0
-    for source, taken, _ in parts:
+    column, widths = 0, []
+    for source, taken, selector in parts:
         row, width = 0, len(range(source.width)[taken])
+        widths.append([selector, width])
         for piece in source.pieces():
             out[row : row + len(piece), column : column + width] = piece.reshape(len(piece), -1)[:, taken]
             row += len(piece)
         column += width
-    return out, names
+    return out, names, widths
 
 
 def assemble(
@@ -172,9 +176,11 @@ def assemble(
     space = options.space
     columns: dict[str, np.ndarray] = {}
     labels: dict[str, list[str]] = {}
+    information: dict[str, Any] = {"format": format, **(metadata or {})}
     chosen = list(options.observation_keys or observation)
     if chosen:
-        columns["observation"], labels["observation"] = join(sources, chosen, space)
+        columns["observation"], labels["observation"], parts = join(sources, chosen, space)
+        information["observation_parts"] = parts
         if len(chosen) == 1 and chosen[0] in sources and not sources[chosen[0]].names:
             del labels["observation"]  # "observations.0", ... would say nothing
         if names and "observation" in names and len(names["observation"]) == columns["observation"].shape[1]:
@@ -185,10 +191,10 @@ def assemble(
         if name not in cameras:
             raise nearest("camera", name, cameras) if cameras else UserError(f"{path}: holds no images; '{name}' asked")
         columns[name] = sources[cameras[name]].load_image(space)
-    whole = {s for s in chosen if s in sources}  # a key that is wholly the observation is not kept twice
+    joined = {s for s in chosen if s in sources and s not in rename}  # not kept a second time
     for key, source in sources.items():
         name = rename.get(key, key)
-        if source.image or not source.low_dimensional or (key in whole and len(chosen) == 1) or name in columns:
+        if source.image or not source.low_dimensional or key in joined or name in columns:
             continue
         dtype = _DTYPES.get(name)
         values = source.load(space, dtype)
@@ -200,7 +206,6 @@ def assemble(
         known = (names or {}).get(name) or source.names
         if known:
             labels[name] = list(known)
-    information = {"format": format, **(metadata or {})}
     if cameras:
         information["cameras"] = list(cameras)
     return TrajectoryStore(columns, ends, labels, dt, str(path), information)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offline.formats._common import Format, Options, Source, assemble, read_json
+from offline.formats._lerobot_writer import write
 from offline.store import TrajectoryStore
 from pilotwave.errors import UserError
 
@@ -280,30 +281,33 @@ def _decode_images(key: str, files: list[Path]) -> Iterator[np.ndarray]:
 
 def _decode_videos(key: str, episodes: list[_Episode], fps: float) -> Iterator[np.ndarray]:
     """The frames of each episode (T, H, W, 3); a file that holds several episodes is decoded once."""
-    current: Path | None = None
-    frames: Iterator[tuple[int, np.ndarray]] = iter(())
-    pending: tuple[int, np.ndarray] | None = None
+    current, video = None, None
     for episode in episodes:
         file, begin = episode.videos[key]
         first = round(begin * fps)
-        if file != current or (pending is not None and pending[0] > first):
-            current, frames, pending = file, _frames(file, fps), None
+        if video is None or file != current or video.ahead is None or video.ahead[0] > first:
+            current, video = file, _Video(file, fps)
+        frames = video.take(first, episode.length)
+        if len(frames) < episode.length:
+            raise UserError(f"{file}: {len(frames)} frames for the {episode.length} steps of episode {episode.index}")
+        yield np.stack(frames)
+
+
+class _Video:
+    """A video read forwards, one frame ahead."""
+
+    def __init__(self, file: Path, fps: float):
+        self.frames = _frames(file, fps)
+        self.ahead = next(self.frames, None)
+
+    def take(self, first: int, count: int) -> list[np.ndarray]:
+        """The next `count` images from frame number `first` on; fewer where the video ends."""
         taken: list[np.ndarray] = []
-        for number, image in frames if pending is None else _chain(pending, frames):
-            pending = None
-            if len(taken) == episode.length:
-                pending = (number, image)
-                break
-            if number >= first:
-                taken.append(image)
-        if len(taken) < episode.length:
-            raise UserError(f"{file}: {len(taken)} frames for the {episode.length} steps of episode {episode.index}")
-        yield np.stack(taken)
-
-
-def _chain(first: tuple[int, np.ndarray], rest: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-    yield first
-    yield from rest
+        while self.ahead is not None and len(taken) < count:
+            if self.ahead[0] >= first:
+                taken.append(self.ahead[1])
+            self.ahead = next(self.frames, None)
+        return taken
 
 
 def _frames(file: Path, fps: float) -> Iterator[tuple[int, np.ndarray]]:
@@ -326,5 +330,5 @@ FORMATS = (
     Format("lerobot_v2", "LeRobot v2.x folder (meta/info.json, parquet and video an episode)",
            lambda path: _matches("v2", path), read),
     Format("lerobot_v3", "LeRobot v3 folder (meta/info.json, meta/episodes/*.parquet)",
-           lambda path: _matches("v3", path), read),
+           lambda path: _matches("v3", path), read, write),
 )  # fmt: skip
