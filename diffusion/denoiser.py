@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.layout import Layout
 from diffusion.schedule import NoiseSchedule
-from pilotwave.errors import nearest
+from pilotwave.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ PREDICTIONS: dict[str, Prediction] = {
 WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "plain": lambda snr, e, gamma: torch.ones_like(snr),
     # Hang et al. 2023: min(SNR, gamma) on the data's error, whatever the output is
-    "min_snr": lambda snr, e, gamma: torch.clamp(snr, max=gamma) / e.clamp_min(1e-8) ** 2,
+    "min_snr": lambda snr, e, gamma: torch.clamp(snr, max=gamma) * e**2,
 }
 
 
@@ -77,6 +77,12 @@ class Denoiser(nn.Module):
             raise nearest("prediction", prediction, PREDICTIONS)
         self.network, self.schedule, self.layout = network, schedule, layout
         self.prediction = PREDICTIONS[prediction]
+        end = torch.ones((), dtype=torch.float64, device="cpu")
+        if not self.prediction.data_error(schedule.alpha(end), schedule.sigma(end)).isfinite():
+            raise UserError(
+                f"under '{schedule.name}' t = 1 is pure noise, which a {prediction} prediction cannot turn into data; "
+                "predict data, v or flow"
+            )
 
     def forward(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         a, s = self._alpha_sigma(x, t)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion._options import check_options
 from pilotwave.errors import UserError, nearest
 
 Function = Callable[[Tensor], Tensor]
@@ -63,13 +64,17 @@ class NoiseSchedule:
 
     @classmethod
     def vp_cosine(cls) -> NoiseSchedule:
-        """alpha(t) = cos(pi/2 (T t + s) / (1 + s)) / cos(pi/2 s / (1 + s)), s = 0.008, T = 0.9946."""
+        """alpha(t) = cos(u + v) / cos(v), u = pi/2 T t / (1 + s), v = pi/2 s / (1 + s), s = 0.008, T = 0.9946.
 
-        def alpha(t: Tensor) -> Tensor:
-            scale = math.pi / 2 / (1 + _COSINE_S)
-            return torch.cos(scale * (_COSINE_END * t + _COSINE_S)) / math.cos(scale * _COSINE_S)
-
-        return cls("vp_cosine", alpha, lambda t: torch.sqrt((1 - alpha(t) ** 2).clamp_min(0)))
+        sigma(t)^2 = 1 - alpha(t)^2 = sin(u) sin(u + 2 v) / cos(v)^2, which does not cancel near t = 0.
+        """
+        scale = math.pi / 2 * _COSINE_END / (1 + _COSINE_S)
+        v = math.pi / 2 * _COSINE_S / (1 + _COSINE_S)
+        return cls(
+            "vp_cosine",
+            lambda t: torch.cos(scale * t + v) / math.cos(v),
+            lambda t: torch.sqrt(torch.sin(scale * t) * torch.sin(scale * t + 2 * v)) / math.cos(v),
+        )
 
     @classmethod
     def edm(cls, sigma_max: float = 80.0, rho: float = 7.0) -> NoiseSchedule:
@@ -88,7 +93,7 @@ class NoiseSchedule:
         Between the steps lambda is linear in t; below the first one sigma is linear, down to the clean t = 0.
         """
         b = torch.as_tensor(betas, dtype=torch.float64)
-        if b.ndim != 1 or len(b) == 0 or bool(((b <= 0) | (b >= 1)).any()):
+        if b.ndim != 1 or len(b) == 0 or not bool(((b > 0) & (b < 1)).all()):
             raise UserError("betas must be one row of numbers strictly between 0 and 1")
         n = len(b)
         log_alpha = 0.5 * torch.log1p(-b).cumsum(0)
@@ -113,9 +118,10 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, name: str, **config: Any) -> NoiseSchedule:
-        """The schedule called `name`, with its constructor's arguments. Unknown names raise `UserError`."""
+        """The schedule called `name`, with its constructor's arguments. Unknown ones raise `UserError`."""
         if name not in SCHEDULES:
             raise nearest("noise schedule", name, SCHEDULES)
+        check_options(f"noise schedule '{name}'", SCHEDULES[name], config)
         return SCHEDULES[name](**config)
 
 

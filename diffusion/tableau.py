@@ -12,7 +12,8 @@ A coefficient is a Python float, or a tensor over the tokens (horizon, features)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ Constrain = Callable[[Tensor, Tensor], Tensor]
 Select = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One row; `t` is the level evaluated at, `t_next` that of the state it leaves. `P is None`: y = x."""
 
@@ -36,17 +37,24 @@ class Row:
     U_z: Coefficient = 0.0
     P: tuple[Coefficient, Sequence[Coefficient], Coefficient] | None = None
     evaluate: bool = True
+    updates: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # a stage of a Runge-Kutta step only evaluates, and leaves x as it is
+        stays = _is(self.U_x, 1.0) and all(_is(c, 0.0) for c in (self.U_d, *self.U, self.U_z))
+        object.__setattr__(self, "updates", not stays)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tableau:
-    """The rows of a sampler, in order, and how many earlier predictions they look back on."""
+    """The rows of a sampler, in order; its network calls, and how many earlier predictions it looks back on."""
 
     name: str
     rows: tuple[Row, ...]
     order: int = 1
     evaluations: int = field(init=False)
     memory: int = field(init=False)
+    _moved: dict[tuple[torch.device, torch.dtype], Tableau] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "evaluations", sum(row.evaluate for row in self.rows))
@@ -54,29 +62,40 @@ class Tableau:
         object.__setattr__(self, "memory", max(reach, default=0))
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tableau:
-        """The same table with its tensors on a device, in the precision of the samples. Floats stay floats."""
+        """The same table on a device, in the precision of the samples; made once and remembered.
 
-        def move(c: Coefficient) -> Coefficient:
-            return c.to(device, dtype) if isinstance(c, Tensor) else c
-
-        rows = tuple(
-            Row(
-                row.t.to(device, dtype),
-                row.t_next.to(device, dtype),
-                move(row.U_x),
-                move(row.U_d),
-                tuple(move(c) for c in row.U),
-                move(row.U_z),
-                row.P and (move(row.P[0]), tuple(move(c) for c in row.P[1]), move(row.P[2])),
-                row.evaluate,
-            )
-            for row in self.rows
-        )
-        return Tableau(self.name, rows, self.order)
+        Coefficients become tensors, since torch multiplies by a number in twice the time; 0 and 1 stay, to be left out.
+        """
+        key = torch.device(device), dtype
+        moved = self._moved.get(key)
+        if moved is None:
+            with torch.inference_mode(False):  # or the remembered tensors could not be trained through later
+                rows = tuple(replace(row, **_moved(row, device, dtype)) for row in self.rows)
+            moved = Tableau(self.name, rows, self.order)
+            if not torch.compiler.is_compiling():  # whose tensors are stand-ins
+                self._moved[key] = moved
+        return moved
 
 
-def _is_zero(c: Coefficient) -> bool:
-    return isinstance(c, float) and c == 0.0
+def _moved(row: Row, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    def move(c: Any) -> Any:
+        if isinstance(c, tuple | list):
+            return tuple(move(part) for part in c)
+        if isinstance(c, float) and c not in (0.0, 1.0):
+            return torch.tensor(c, device=device, dtype=dtype)
+        return c.to(device, dtype) if isinstance(c, Tensor) else c
+
+    return {f.name: move(getattr(row, f.name)) for f in fields(row) if f.init}
+
+
+def _is(c: Coefficient, value: float) -> bool:
+    return isinstance(c, float) and c == value
+
+
+def _add(y: Tensor, d: Tensor, c: Coefficient) -> Tensor:
+    if isinstance(c, Tensor):
+        return torch.addcmul(y, d, c)
+    return y if c == 0.0 else y + d
 
 
 def _combine(
@@ -84,14 +103,10 @@ def _combine(
     generator: torch.Generator | None,
 ) -> Tensor:  # fmt: skip
     """c_x x + sum_j c_j d_j + c_z z."""
-    y = x * c_x
+    y = x if _is(c_x, 1.0) else x * c_x
     for d_j, c_j in zip(history, c, strict=False):
-        if not _is_zero(c_j):
-            y = y + c_j * d_j if isinstance(c_j, Tensor) else torch.add(y, d_j, alpha=c_j)
-    if not _is_zero(c_z):
-        z = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
-        y = y + c_z * z
-    return y
+        y = _add(y, d_j, c_j)
+    return y if _is(c_z, 0.0) else _add(y, torch.empty_like(x).normal_(generator=generator), c_z)
 
 
 def sample(
@@ -105,25 +120,28 @@ def sample(
 ) -> Tensor:
     """Run a table from x_T (already scaled by sigma(1)) and return the clean sample, of x_T's shape.
 
-    denoise(x, t) -> predicted clean x, t broadcasting against x's leading axes; guide(d, y, t) -> changed prediction;
-    constrain(x, t) -> changed state, after every update and so after the last; select(x, d, t) -> indices (B,) of the
-    batch members that go on, drawn after each evaluation. No gradients are recorded unless the caller's mode does.
+    denoise(x, t) -> predicted clean x; t broadcasts against x's leading axes.
+    guide(d, y, t) -> changed prediction, of the state y that was evaluated.
+    constrain(x, t) -> changed state, after every update of x and so after the last; never on the points between, where
+    a Runge-Kutta method only evaluates (tokens that are known take `solver(..., tokens=)`, which holds there too).
+    select(x, d, t) -> indices (B,) of the batch members that go on, after each evaluation and before the update.
+    Gradients are recorded where the caller's mode records them.
     """
     table = table.to(x_T.device, x_T.dtype)
     x, history = x_T, []  # type: Tensor, list[Tensor]
     for row in table.rows:
-        y = x if row.P is None else _combine(x, row.P[0], history, row.P[1], row.P[2], generator)
         if row.evaluate:
+            y = x if row.P is None else _combine(x, row.P[0], history, row.P[1], row.P[2], generator)
             d = denoise(y, row.t)
             if guide is not None:
                 d = guide(d, y, row.t)
             if select is not None:
                 keep = select(x, d, row.t)
                 x, d, history = x[keep], d[keep], [h[keep] for h in history]
-            x = _combine(x, row.U_x, [d, *history], [row.U_d, *row.U], row.U_z, generator)
-            history = [d, *history][: table.memory]
-        else:
-            x = _combine(x, row.U_x, history, row.U, row.U_z, generator)
-        if constrain is not None:
-            x = constrain(x, row.t_next)
+            history = [d, *history]
+        if row.updates:
+            x = _combine(x, row.U_x, history, (row.U_d, *row.U) if row.evaluate else row.U, row.U_z, generator)
+            if constrain is not None:
+                x = constrain(x, row.t_next)
+        history = history[: table.memory]
     return x

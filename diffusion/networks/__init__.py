@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from diffusion._options import check_options
 from diffusion.networks.image import ImageEncoder
 from diffusion.networks.mlp import ResidualMLP
 from diffusion.networks.temporal_unet import TemporalUNet
 from diffusion.networks.transformer import Transformer
-from pilotwave.errors import UserError, nearest
+from pilotwave.errors import nearest
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mlp": ResidualMLP,
@@ -26,10 +27,8 @@ def build_network(
     """The network called `name`; `config` are its own arguments. Unknown names and arguments raise `UserError`."""
     if name not in NETWORKS:
         raise nearest("network", name, NETWORKS)
-    try:
-        return NETWORKS[name](features, horizon, groups, condition_dim, **config)
-    except TypeError as error:
-        raise UserError(f"network '{name}': {str(error).split('__init__() ')[-1]}") from error
+    check_options(f"network '{name}'", NETWORKS[name], config, given=4)
+    return NETWORKS[name](features, horizon, groups, condition_dim, **config)
 
 
 __all__ = ["NETWORKS", "ImageEncoder", "ResidualMLP", "TemporalUNet", "Transformer", "build_network"]

@@ -14,6 +14,8 @@ class FourierFeatures(nn.Module):
     They let a network see sharp borders, such as a maze's walls, in smooth coordinates.
     """
 
+    omega: Tensor
+
     def __init__(self, features: int, frequencies: int) -> None:
         super().__init__()
         self.register_buffer("omega", math.pi * 2.0 ** torch.arange(frequencies), persistent=False)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusion._options import check_options
 from diffusion.layout import Layout
 from diffusion.schedule import NoiseSchedule
 from diffusion.solvers import ddim, dpmpp, runge_kutta
@@ -50,21 +52,25 @@ def solver(
     rows, order = SOLVERS[name]
     levels = _levels(steps)
     if tokens is not None:
-        levels = levels.reshape(-1, 1, 1, 1) * tokens.to("cpu", torch.float64)
+        levels = levels.reshape(levels.shape + (1,) * (4 - levels.ndim)) * tokens.to("cpu", torch.float64)
     if layout is not None and levels.ndim > 1 and levels.shape[-1] == len(layout.groups):
         levels = layout.levels(levels)
-    try:
-        return Tableau(name, tuple(rows(schedule, levels, **options)), order)
-    except TypeError as error:
-        raise UserError(f"sampler '{name}' does not take these options: {', '.join(options)}") from error
+    check_options(f"sampler '{name}'", rows, options, given=2)
+    return Tableau(name, tuple(rows(schedule, levels, **options)), order)
 
 
 def _levels(steps: int | Sequence[float] | Tensor) -> Tensor:
-    if isinstance(steps, int):
-        if steps < 1:
-            raise UserError(f"sampler steps must be at least 1; got {steps}")
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    levels = torch.as_tensor(steps, dtype=torch.float64)
-    if len(levels) < 2 or bool((levels[1:] > levels[:-1]).any()) or bool(((levels < 0) | (levels > 1)).any()):
-        raise UserError("sampler steps must be a whole number, or at least two levels in [0, 1] that decrease")
+    if isinstance(steps, Integral):
+        count = int(steps)
+        if count < 1:
+            raise UserError(f"sampler steps must be at least 1; got {count}")
+        return torch.linspace(1, 0, count + 1, dtype=torch.float64)
+    given: Any = steps
+    try:
+        levels = torch.as_tensor(given if isinstance(given, Tensor) else list(given), dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError):
+        levels = torch.empty(0)
+    inside = bool(((levels >= 0) & (levels <= 1)).all())
+    if levels.ndim == 0 or len(levels) < 2 or not inside or bool((levels[1:] > levels[:-1]).any()):
+        raise UserError(f"sampler steps must be a whole number, or at least two levels in [0, 1], falling; got {steps}")
     return levels

@@ -7,10 +7,11 @@ w = t). Euler's method is the same in both, and is DDIM with eta = 0.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diffusion.schedule import NoiseSchedule
-from diffusion.solvers._coefficients import at, hold, still
+from diffusion.solvers._coefficients import at, hold, plain, still
 from diffusion.solvers.ddim import ddim
 from diffusion.tableau import Row
 
@@ -30,15 +31,18 @@ def heun(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
     alpha, sigma = at(schedule, levels)
     c = alpha if bool((alpha[0] > 0).all()) else alpha + sigma
     rows: list[Row] = []
-    for i, first_order in enumerate(euler(schedule, levels)):
-        s, t, same = levels[i], levels[i + 1], still(levels[i], levels[i + 1])
-        if bool((sigma[i + 1] <= 0).all()):
-            rows.append(first_order)
+    for i, first in enumerate(euler(schedule, levels)):
+        s, t, ends = levels[i], levels[i + 1], sigma[i + 1] <= 0
+        if bool(ends.all()):
+            rows.append(first)
             continue
         r = sigma[i + 1] * c[i] / (c[i + 1] * sigma[i])
-        U_1 = c[i + 1] * (1 - r) * (2 - 1 / r) / 2
-        U_d = c[i + 1] * (1 / r - 1) / 2
+        U_1, U_d = c[i + 1] * (1 - r) * (2 - 1 / r) / 2, c[i + 1] * (1 / r - 1) / 2
+        # tokens that arrive at sigma = 0 before the others take Euler's step, those that stay take none
+        euler_d = torch.as_tensor(first.U_d, dtype=r.dtype).expand_as(r)
+        single = ends | still(s, t)
         rows.append(Row(s, s, 1.0))
-        P = (first_order.U_x, (first_order.U_d,), 0.0)
-        rows.append(Row(t, t, first_order.U_x, hold(U_d, same, 0.0), (hold(U_1, same, 0.0),), 0.0, P))
+        P = (first.U_x, (first.U_d,), 0.0)
+        U = (plain(torch.where(single, euler_d, U_1)),)
+        rows.append(Row(t, t, first.U_x, hold(U_d, single, 0.0), U, 0.0, P))
     return rows
