@@ -20,7 +20,8 @@ def retime(store: TrajectoryStore, speed: float) -> TrajectoryStore:
         raise UserError(f"speed is {speed}; it must be above 0, with 1 the recorded speed")
     if speed == 1:
         return store
-    position, ends = [], []
+    position: list[np.ndarray] = []
+    ends: list[int] = []
     for start, end in zip(store.starts, store.episode_ends, strict=True):
         steps = np.arange(0, end - start - 1 + 1e-9, speed)
         position.append(start + steps)

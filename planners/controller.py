@@ -27,10 +27,13 @@ REFERENCES: dict[str, Callable[[Plan], np.ndarray]] = {"pd": _states, "actions":
 
 
 class PlanController:
-    """Plans every `replan_every` steps (0: once an episode) and tracks the best of `samples` plans.
+    """Plans, and tracks the best of `samples` plans.
 
-    The references are states tracked by a PD law with gains kp and kd, read `lookahead` seconds ahead, or the planned
-    actions themselves. The noise comes from `seed`, so roll-outs repeat.
+    A decision falls due every `replan_every` steps (0: once an episode). At a decision a robot gets a new plan; with
+    `deviation` set, only a robot that is further than this from where its plan has it, whose plan has run out away from
+    its goal, or whose goal has moved: the others go on with what they have, since a plan in progress that works is worth
+    more than a new one. The references are states tracked by a PD law with gains kp and kd, read `lookahead` seconds
+    ahead, or the planned actions themselves. The noise comes from `seed`, so roll-outs repeat.
     """
 
     def __init__(
@@ -45,30 +48,77 @@ class PlanController:
         kp: float,
         kd: float,
         lookahead: float = 0.0,
+        deviation: float | None = None,
         seed: int = 0,
     ) -> None:
         if track not in REFERENCES:
             raise nearest("controller.track", track, REFERENCES)
         self.planner, self.sampler, self.samples = planner, dict(sampler), samples
-        self.replan_every, self.history = replan_every, 1
+        self.replan_every, self.history, self.deviation = replan_every, 1, deviation
         self.evaluations = planner.table(sampler).evaluations
         self.references = REFERENCES[track]
         self.dt = planner.stride * task_spec.dt
-        p = planner.spec.goal_dim or planner.spec.observation_dim // 2
+        self.goal_dim = planner.spec.goal_dim
+        p = self.goal_dim or planner.spec.observation_dim // 2
         pd = PDTracker(
             kp, kd, slice(0, p), slice(p, 2 * p), task_spec.action_low, task_spec.action_high, lookahead=lookahead
         )
         self.tracker = {"pd": pd, "actions": DirectTracker()}[track]
         self.generator = torch.Generator().manual_seed(seed)
+        self.reset(0)
 
     def reset(self, n: int) -> None:
-        """Every plan starts from the observation alone."""
+        """Forget the plans in progress."""
+        self.plan: Plan | None = None
+        self.begun = np.zeros(n, dtype=np.int64)
+        self.goals = np.zeros((n, self.goal_dim))
 
     def act(self, history: Mapping[str, np.ndarray], step: int) -> Chunk:
         """history: "state" (n, 1, Do), "goal" (n, 1, Dg) where the task has goals -> the references of n plans."""
+        state = history["state"][:, -1]
         goal = history["goal"][:, -1] if "goal" in history else None
-        plan = self.planner.plan(
-            history["state"][:, -1], goal, self.samples, sampler=self.sampler, generator=self.generator
-        )
-        path = plan.observations[:, 0, :, :2] if goal is not None else None
-        return Chunk(self.references(plan), dt=self.dt, plan=path)
+        renew = self._renew(state, goal, step)
+        if renew.any():
+            chosen = goal[renew] if goal is not None else None
+            plan = self.planner.plan(state[renew], chosen, self.samples, sampler=self.sampler, generator=self.generator)
+            self._keep(plan, renew)
+            self.begun[renew] = step
+            if goal is not None:
+                self.goals[renew] = goal[renew]
+        assert self.plan is not None
+        references = self._from_now(self.references(self.plan), step)
+        path = self.plan.observations[:, 0, :, :2] if self.goal_dim else None
+        return Chunk(references, dt=self.dt, plan=path)
+
+    def _renew(self, state: np.ndarray, goal: np.ndarray | None, step: int) -> np.ndarray:
+        """Which robots (n,) get a new plan now."""
+        n = len(state)
+        if self.plan is None or len(self.begun) != n:
+            self.begun, self.goals, self.plan = np.zeros(n, np.int64), np.zeros((n, self.goal_dim)), None
+            return np.ones(n, dtype=bool)
+        if self.deviation is None or goal is None:
+            return np.ones(n, dtype=bool)
+        due = self._from_now(_states(self.plan), step)[:, 0]
+        lost = np.linalg.norm(state[:, : self.goal_dim] - due[:, : self.goal_dim], axis=1) > self.deviation
+        over = step - self.begun >= (self.planner.H - 1) * self.planner.stride
+        away = np.linalg.norm(state[:, : self.goal_dim] - goal, axis=1) > self.deviation
+        return lost | (over & away) | (goal != self.goals).any(axis=1)
+
+    def _keep(self, plan: Plan, renew: np.ndarray) -> None:
+        """The renewed robots' best plans, beside the plans in progress of the others."""
+        actions = None if plan.actions is None else plan.actions[:, :1]
+        best = Plan(plan.observations[:, :1], actions, plan.values[:, :1])
+        if self.plan is None or renew.all():
+            self.plan = best
+            return
+        self.plan.observations[renew], self.plan.values[renew] = best.observations, best.values
+        if self.plan.actions is not None:
+            self.plan.actions[renew] = best.actions
+
+    def _from_now(self, references: np.ndarray, step: int) -> np.ndarray:
+        """References (n, H, R) of plans begun at `begun`, as they stand `step - begun` environment steps later."""
+        last = references.shape[1] - 1
+        at = np.clip((step - self.begun)[:, None] / self.planner.stride + np.arange(last + 1), 0, last)
+        low = np.minimum(at.astype(np.int64), last - 1)
+        rows, w = np.arange(len(references))[:, None], (at - low)[..., None].astype(references.dtype)
+        return (1 - w) * references[rows, low] + w * references[rows, low + 1]

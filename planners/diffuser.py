@@ -75,7 +75,7 @@ class Diffuser(Algorithm):
         )
         schedule = NoiseSchedule.from_config(**config["schedule"])
         self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"])
-        self.value_config = config.get("value")
+        self.value_config: dict[str, Any] = dict(config.get("value") or {})
         if self.value_config:
             value = dict(self.value_config["network"])
             self.value = build_network(
@@ -233,14 +233,17 @@ class Diffuser(Algorithm):
         observations = self.normalizer.denormalize("observation", x[..., : self.spec.observation_dim])
         if arrival is not None:
             observations = self._stay(observations, arrival)
-        parts: list[Tensor | None] = [observations, None]
+        actions = None
         if "action" in self.layout:
-            parts[1] = self.normalizer.denormalize("action", x[..., self.layout["action"]])
+            actions = self.normalizer.denormalize("action", x[..., self.layout["action"]])
         order = values.view(b, samples).argsort(dim=1, descending=True, stable=True)
         rows = (order + torch.arange(b, device=device)[:, None] * samples).flatten()
-        best = [None if p is None else p[rows].view(b, samples, *p.shape[1:]).cpu().numpy() for p in (*parts, values)]
-        best = [p[0] if single and p is not None else p for p in best]
-        return Plan(*best)
+
+        def best_first(part: Tensor) -> np.ndarray:
+            ordered = part[rows].view(b, samples, *part.shape[1:]).cpu().numpy()
+            return ordered[0] if single else ordered
+
+        return Plan(best_first(observations), None if actions is None else best_first(actions), best_first(values))
 
     def _stay(self, observations: Tensor, arrival: Tensor) -> Tensor:
         """After the arrival a plan stays where it arrived, at rest (features past the goal's are zero)."""
@@ -290,15 +293,17 @@ class Diffuser(Algorithm):
         replan_every: int | None = None,
         samples: int | None = None,
         track: str | None = None,
+        deviation: float | None = None,
         seed: int = 0,
     ) -> PlanController:
         """This planner for roll-outs and robots.
 
         replan_every: steps between plans, 0 to plan once; samples: plans to choose from; track: "pd" tracks the planned
-        states, "actions" carries out the planned actions. Defaults are the config's `control`.
+        states, "actions" carries out the planned actions; deviation: see PlanController. Defaults are the config's
+        `control`.
         """
         control = dict(self.config["control"])
-        given = {"replan_every": replan_every, "samples": samples, "track": track}
+        given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation}
         control.update({key: value for key, value in given.items() if value is not None})
         settings = sampler or self.config["sampler"]
         return PlanController(self, task_spec, settings, seed=seed, **control)

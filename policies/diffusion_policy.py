@@ -47,7 +47,7 @@ class DiffusionPolicy(Algorithm):
         self.layout = Layout(action=spec.action_dim)
         self.normalizer = Normalizer.from_shapes({"observation": spec.observation_dim, "action": spec.action_dim})
         self.encoders = nn.ModuleDict({key: ImageEncoder(**config["image_encoder"]) for key in spec.images})
-        image_dim = sum(encoder.output_dim for encoder in self.encoders.values())
+        image_dim = len(self.encoders) * 2 * int(config["image_encoder"].get("keypoints", 32))
         condition_dim = self.To * (spec.observation_dim + image_dim)
         network = build_network(
             features=spec.action_dim, horizon=self.T, groups=1, condition_dim=condition_dim, **config["network"]
@@ -64,7 +64,8 @@ class DiffusionPolicy(Algorithm):
         """Recorded commands as the robot would have carried them out."""
         if not self.spec.action_low:
             return actions
-        return np.clip(actions, np.float32(self.spec.action_low), np.float32(self.spec.action_high))
+        low, high = (np.asarray(limit, np.float32) for limit in (self.spec.action_low, self.spec.action_high))
+        return np.clip(actions, low, high)
 
     def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
         store = retime(store, float(self.config["speed"]))
