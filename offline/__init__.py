@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from offline.algorithm import Algorithm, DataSpec, algorithms, build, register
     from offline.checkpoint import export_checkpoint, load_run, save_run, update_card
     from offline.formats import formats_known, read, write
+    from offline.inspection import inspect
     from offline.normalizer import Normalizer
     from offline.retiming import retime
     from offline.store import TrajectoryStore
@@ -30,6 +31,7 @@ _HOME = {  # public name -> module it lives in
     "build": "algorithm",
     "export_checkpoint": "checkpoint",
     "formats_known": "formats",
+    "inspect": "inspection",
     "load_run": "checkpoint",
     "read": "formats",
     "register": "algorithm",
@@ -52,6 +54,7 @@ __all__ = [
     "build",
     "export_checkpoint",
     "formats_known",
+    "inspect",
     "load_run",
     "read",
     "register",
