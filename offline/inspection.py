@@ -389,33 +389,41 @@ def _angles(store: TrajectoryStore, report: Report) -> Iterator[str]:
             yield f"'{name}' has angles that wrap around: {_listed(wrapped)}; name them as angles to the normalizer"
 
 
+def _unit_fours(values: np.ndarray) -> list[int]:
+    """First columns of four neighbours that have unit norm, vary, and are no one-hot code."""
+    sample = np.asarray(values[:: max(1, len(values) // _MOST)], np.float64)
+    starts: list[int] = []
+    for i in range(sample.shape[1] - 3):
+        q = sample[:, i : i + 4]
+        unit = np.all(np.abs(np.linalg.norm(q, axis=1) - 1) < 1e-3)
+        varied = np.ptp(q, axis=0).max() > 1e-3 and not np.all((q == 0) | (q == 1))
+        if unit and varied and (not starts or i >= starts[-1] + 4):
+            starts.append(i)
+    return starts
+
+
 def _quaternions(store: TrajectoryStore, report: Report) -> Iterator[str]:
-    """Four neighbours of unit norm."""
     inside = _inside(store)
     for name, values in _numbers(store).items():
-        i = 0
-        while i + 4 <= values.shape[1]:
-            q = np.asarray(values[:: max(1, len(values) // _MOST), i : i + 4], np.float64)
-            norm = np.linalg.norm(q, axis=1)
-            if np.all(np.abs(norm - 1) < 1e-3) and not np.all((q == 0) | (q == 1)) and np.ptp(q, axis=0).max() > 1e-3:
-                steps = np.asarray(values[:, i : i + 4], np.float64)
-                flips = int(np.sum((np.sum(steps[1:] * steps[:-1], axis=1) < 0) & inside))
-                signs = f", its sign flips {flips} times within episodes" if flips else ""
-                yield f"'{name}' features {i} to {i + 3} are a quaternion{signs}; name it to the normalizer"
-                i += 3
-            i += 1
+        for i in _unit_fours(values):
+            q = np.asarray(values[:, i : i + 4], np.float64)
+            flips = int(np.sum((np.sum(q[1:] * q[:-1], axis=1) < 0) & inside))
+            signs = f", its sign flips {flips} times within episodes" if flips else ""
+            yield f"'{name}' features {i} to {i + 3} are a quaternion{signs}; name it to the normalizer"
 
 
 def _jumps(store: TrajectoryStore, report: Report) -> Iterator[str]:
     """Places where most of the observation jumps at once: a missing episode end."""
     values = _numbers(store).get("observation")
-    if values is None or store.steps < 100 or values.shape[1] < 2:
+    if values is None or store.steps < 100:
         return
-    inside = _inside(store)
-    change = np.abs(np.diff(np.asarray(values, np.float32), axis=0))
+    values = np.delete(values, [c for i in _unit_fours(values) for c in range(i, i + 4)], axis=1)
+    if values.shape[1] < 2:
+        return
+    change = np.abs(np.diff(values, axis=0))
     usual = np.quantile(change[:: max(1, len(change) // _MOST)], 0.99, axis=0)
     far = (change > 20 * usual) & (usual > 0)
-    rows = np.flatnonzero((far.sum(axis=1) > max(1, 0.5 * int((usual > 0).sum()))) & inside)
+    rows = np.flatnonzero((far.sum(axis=1) > max(1, 0.5 * int((usual > 0).sum()))) & _inside(store))
     if len(rows):
         where = _at(store, int(rows[0]))
         yield f"the observation jumps at {len(rows)} places, as after {where}: an unmarked episode end?"
