@@ -80,31 +80,35 @@ def task_of(cfg: DictConfig, run: Path) -> Any:
     return task
 
 
-def load(run: Path, kinds: Sequence[str], **options: Any) -> Any:
-    """The learned side of a run, which must be of one of `kinds`."""
+def load(run: Path, kinds: Sequence[str], device: str, **options: Any) -> Any:
+    """The learned side of a run, which must be of one of `kinds`, on a device ("auto": a GPU where there is one)."""
     kind = read_yaml(run / "config.yaml").get("kind")
     if kind not in PACKAGES:
         raise nearest("kind of run", str(kind), PACKAGES)
     if kind not in kinds:
         wanted = " or ".join(name.replace("_", " ") for name in kinds)
         raise UserError(f"{run} is a {str(kind).replace('_', ' ')}; this command takes a {wanted}")
-    return importlib.import_module(PACKAGES[kind]).load(run, **options)
+    package = importlib.import_module(PACKAGES[kind])
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return package.load(run, device=device, **options)
 
 
-def sampler(learned: Any, cfg: DictConfig) -> dict[str, Any]:
-    """The run's own sampler ({name, steps, ...}), overlaid by what the user chose; another name brings its own."""
-    chosen = {key: value for key, value in plain(cfg.sampler).items() if value is not None}
-    return chosen if "name" in chosen else {**learned.config["sampler"], **chosen}
+def sampler(cfg: DictConfig) -> dict[str, Any]:
+    """`sampler` (its name) and `steps` as the user chose them, None for the run's own."""
+    return {"sampler": cfg.sampler.name, "steps": cfg.sampler.steps}
 
 
 def controller(learned: Any, spec: Any, cfg: DictConfig) -> Any:
     """The controller of a planner or policy, with the settings of `controller:` and `sampler:`."""
     options = plain(cfg.controller)
-    known = set(inspect.signature(learned.controller).parameters) - {"task_spec", "sampler"}
+    known = set(inspect.signature(learned.controller).parameters) - {"task_spec", "sampler", "steps"}
     for name in options:
         if name not in known:
             raise nearest("key", f"controller.{name}", [f"controller.{entry}" for entry in known])
-    return learned.controller(spec, sampler=sampler(learned, cfg), **options)
+    return learned.controller(spec, **sampler(cfg), **options)
 
 
 def provenance() -> dict[str, str]:
