@@ -81,19 +81,14 @@ def task_of(cfg: DictConfig, run: Path) -> Any:
 
 
 def load(run: Path, kinds: Sequence[str], device: str, **options: Any) -> Any:
-    """The learned side of a run, which must be of one of `kinds`, on a device ("auto": a GPU where there is one)."""
+    """The learned side of a run, which must be of one of `kinds`, on `device` (auto: a GPU where there is one)."""
     kind = read_yaml(run / "config.yaml").get("kind")
     if kind not in PACKAGES:
         raise nearest("kind of run", str(kind), PACKAGES)
     if kind not in kinds:
         wanted = " or ".join(name.replace("_", " ") for name in kinds)
         raise UserError(f"{run} is a {str(kind).replace('_', ' ')}; this command takes a {wanted}")
-    package = importlib.import_module(PACKAGES[kind])
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return package.load(run, device=device, **options)
+    return importlib.import_module(PACKAGES[kind]).load(run, device=device, **options)
 
 
 def sampler(cfg: DictConfig) -> dict[str, Any]:
