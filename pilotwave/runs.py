@@ -51,13 +51,17 @@ def given(overrides: Sequence[str], key: str) -> str | None:
     return found[-1] if found else None
 
 
+# Keys of a task's file that are not for `robots.make`: whose checkpoints it takes, what of its data it observes.
+ABOUT_TASK = ("name", "checkpoints_of", "observation_keys")
+
+
 def task_options(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
     """The name and the options that `robots.make` takes, from the composed `task`."""
-    options = plain(cfg.task)
-    name = options.pop("name", None)
-    if not name:
+    settings = plain(cfg.task)
+    if not settings.get("name"):
         raise UserError("the task's settings have no name; write 'name: pointmaze-large' (or another task) into them")
-    return str(name), {key: value for key, value in options.items() if value is not None}
+    options = {key: value for key, value in settings.items() if key not in ABOUT_TASK and value is not None}
+    return str(settings["name"]), options
 
 
 def task_of(cfg: DictConfig, run: Path) -> Any:
@@ -67,7 +71,7 @@ def task_of(cfg: DictConfig, run: Path) -> Any:
     if cfg.task is None:
         raise UserError(f"{run} was trained without a task; add task=NAME ('pilotwave tasks' lists them)")
     name, options = task_options(cfg)
-    accepted = options.pop("checkpoints_of", None)
+    accepted = cfg.task.get("checkpoints_of")
     spec = read_yaml(run / "config.yaml").get("spec") or {}
     task = robots.make(name, **options)
     known = (spec.get("task"), spec.get("observation_dim"), spec.get("action_dim"))
@@ -80,30 +84,31 @@ def task_of(cfg: DictConfig, run: Path) -> Any:
     return task
 
 
-def load(run: Path, kinds: Sequence[str], device: str, **options: Any) -> Any:
-    """The learned side of a run, which must be of one of `kinds`, on `device` (auto: a GPU where there is one)."""
+def load(run: Path, kinds: Sequence[str], **options: Any) -> Any:
+    """The learned side of a run, which must be of one of `kinds`."""
     kind = read_yaml(run / "config.yaml").get("kind")
     if kind not in PACKAGES:
         raise nearest("kind of run", str(kind), PACKAGES)
     if kind not in kinds:
         wanted = " or ".join(name.replace("_", " ") for name in kinds)
         raise UserError(f"{run} is a {str(kind).replace('_', ' ')}; this command takes a {wanted}")
-    return importlib.import_module(PACKAGES[kind]).load(run, device=device, **options)
+    return importlib.import_module(PACKAGES[kind]).load(run, **options)
 
 
-def sampler(cfg: DictConfig) -> dict[str, Any]:
-    """`sampler` (its name) and `steps` as the user chose them, None for the run's own."""
-    return {"sampler": cfg.sampler.name, "steps": cfg.sampler.steps}
+def sampler(learned: Any, cfg: DictConfig) -> dict[str, Any]:
+    """The run's own sampler ({name, steps, ...}), overlaid by what the user chose; another name brings its own."""
+    chosen = {key: value for key, value in plain(cfg.sampler).items() if value is not None}
+    return chosen if "name" in chosen else {**learned.config["sampler"], **chosen}
 
 
 def controller(learned: Any, spec: Any, cfg: DictConfig) -> Any:
     """The controller of a planner or policy, with the settings of `controller:` and `sampler:`."""
     options = plain(cfg.controller)
-    known = set(inspect.signature(learned.controller).parameters) - {"task_spec", "sampler", "steps"}
+    known = set(inspect.signature(learned.controller).parameters) - {"task_spec", "sampler"}
     for name in options:
         if name not in known:
             raise nearest("key", f"controller.{name}", [f"controller.{entry}" for entry in known])
-    return learned.controller(spec, **sampler(cfg), **options)
+    return learned.controller(spec, sampler=sampler(learned, cfg), **options)
 
 
 def provenance() -> dict[str, str]:

@@ -28,7 +28,7 @@ def run(overrides: Sequence[str]) -> None:
         cfg.seed,
         plot=cfg.plot,
         video=cfg.video,
-        **sampler(cfg),
+        sampler=sampler(model, cfg),
     )
     metrics_table(metrics, f"{folder} beside {task.spec.name}")
     write_json(cfg.json, metrics)
