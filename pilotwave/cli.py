@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pilotwave import __version__
 from pilotwave.errors import UserError, nearest
+from pilotwave.plugins import load_plugins
 
 # Command: (the setting that its first word gives, one line on what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -58,9 +59,7 @@ def _run(arguments: list[str]) -> int:
         print(usage(command))
         return 0
     overrides, plugins = _split(command, rest)
-    sys.path.insert(0, os.getcwd())  # a user's own module lies where the user works
-    for plugin in plugins:
-        _import_plugin(plugin)
+    load_plugins(plugins)
     module = importlib.import_module(f"pilotwave.commands.{command}")
     return int(module.run(overrides) or 0)
 
@@ -84,22 +83,6 @@ def _split(command: str, words: list[str]) -> tuple[list[str], list[str]]:
         else:
             overrides.append(word)
     return overrides, plugins
-
-
-def _import_plugin(name: str) -> None:
-    """Import a user's module (a dotted name, or a .py file), which registers its algorithms or tasks."""
-    path = Path(name).expanduser()
-    if path.suffix == ".py":
-        sys.path.insert(0, str(path.parent.resolve()))
-        name = path.stem
-        if not path.is_file():
-            raise UserError(f"no plug-in file '{path}'; plugins= takes modules that can be imported, or .py files")
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise UserError(f"the plug-in '{name}' imports '{error.name}', which is not installed") from error
-        raise UserError(f"no module '{name}'; plugins= takes modules importable from here, or .py files") from error
 
 
 def usage(command: str | None = None) -> str:

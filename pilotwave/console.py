@@ -43,8 +43,13 @@ def show(value: object) -> str:
 
 
 def metrics_table(metrics: Mapping[str, Any], title: str) -> None:
-    """Metrics a line; per-episode lists stay in the JSON."""
-    table(("metric", "value"), [(key, value) for key, value in metrics.items() if not isinstance(value, list)], title)
+    """Metrics a line; lists (of each episode) stay in the JSON."""
+
+    def is_short(value: object) -> bool:
+        parts = value.values() if isinstance(value, Mapping) else [value]
+        return not any(isinstance(part, list) for part in parts)
+
+    table(("metric", "value"), [(key, value) for key, value in metrics.items() if is_short(value)], title)
 
 
 def progress(label: str) -> Callable[[int, int], None]:

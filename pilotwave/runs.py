@@ -51,13 +51,17 @@ def given(overrides: Sequence[str], key: str) -> str | None:
     return found[-1] if found else None
 
 
+# Keys of a task's file that are not for `robots.make`: whose checkpoints it takes, what of its data it observes.
+ABOUT_TASK = ("name", "checkpoints_of", "observation_keys")
+
+
 def task_options(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
     """The name and the options that `robots.make` takes, from the composed `task`."""
-    options = plain(cfg.task)
-    name = options.pop("name", None)
-    if not name:
+    settings = plain(cfg.task)
+    if not settings.get("name"):
         raise UserError("the task's settings have no name; write 'name: pointmaze-large' (or another task) into them")
-    return str(name), {key: value for key, value in options.items() if value is not None}
+    options = {key: value for key, value in settings.items() if key not in ABOUT_TASK and value is not None}
+    return str(settings["name"]), options
 
 
 def task_of(cfg: DictConfig, run: Path) -> Any:
@@ -67,7 +71,7 @@ def task_of(cfg: DictConfig, run: Path) -> Any:
     if cfg.task is None:
         raise UserError(f"{run} was trained without a task; add task=NAME ('pilotwave tasks' lists them)")
     name, options = task_options(cfg)
-    accepted = options.pop("checkpoints_of", None)
+    accepted = cfg.task.get("checkpoints_of")
     spec = read_yaml(run / "config.yaml").get("spec") or {}
     task = robots.make(name, **options)
     known = (spec.get("task"), spec.get("observation_dim"), spec.get("action_dim"))

@@ -1,5 +1,6 @@
 """The wheel, built and installed into an environment of its own, works from any folder, configurations included."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -63,3 +64,18 @@ def test_it_lists_the_tasks_from_another_folder(installed, tmp_path):
     where = run(installed.parent / "python", "-c", "import configs; print(configs.__file__)", cwd=tmp_path)
     assert not Path(where).is_relative_to(ROOT)
     assert Path(where).is_relative_to(installed.parent.parent)
+
+
+def test_it_collects_trains_and_rolls_out_from_another_folder(installed, tmp_path):
+    task = "task=pointmaze-umaze"
+    run(installed, "collect", task, "steps=2000", "out=data/umaze.hdf5", cwd=tmp_path)
+    small = ["planner.horizon=8", "planner.network.width=16", "planner.network.depth=1", "planner.network.heads=2"]
+    small += ["train.steps=3", "train.batch=8", "train.device=cpu"]
+    where = ["data=data/umaze.hdf5", "out=runs/umaze"]
+    run(installed, "train", "planner=diffuser", task, *where, *small, cwd=tmp_path)
+    few = ["episodes=2", "horizon=20", "timing_decisions=1", "sampler=dpmpp_2m", "sampler.steps=3"]
+    run(installed, "rollout", "runs/umaze", *few, "json=out.json", cwd=tmp_path)
+    metrics = json.loads((tmp_path / "out.json").read_text())
+    assert metrics["episodes"] == 2
+    assert metrics["evaluations"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out.json", "runs"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pilotwave.config import compose
-from pilotwave.console import writable
+from pilotwave.console import metrics_table, progress, writable
 from pilotwave.errors import UserError
 from pilotwave.runs import task_options
 
@@ -18,7 +18,9 @@ def run(overrides: Sequence[str]) -> None:
     name, options = task_options(cfg)
     out = writable(cfg.out or f"data/{name}.hdf5")
 
+    from robots import make
     from robots.collect import collect
 
-    collect(name, cfg.steps, out, cfg.seed, **options)
-    print(f"wrote {out}; train on it: pilotwave train planner=NAME task={name} data={out}")
+    facts = collect(make(name, **options), cfg.steps, out, cfg.seed, progress("collecting"), noise=cfg.noise)
+    metrics_table(facts, str(out))
+    print(f"train on it: pilotwave train planner=diffuser task={cfg.task.name} data={out}")

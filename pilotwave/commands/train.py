@@ -35,7 +35,8 @@ def run(overrides: Sequence[str]) -> None:
     training = offline.TrainConfig.from_dict({"seed": cfg.seed, **plain(cfg.train)})
     facts = task_spec(task, options)
     images = plain(cfg.images) or (list(facts.images) if facts else False)
-    store = offline.read(cfg.data, format=cfg.format, observation_keys=plain(cfg.observation_keys), images=images)
+    keys = plain(cfg.observation_keys) or plain(cfg.task.get("observation_keys"))
+    store = offline.read(cfg.data, format=cfg.format, observation_keys=keys, images=images)
     spec = offline.DataSpec.of(store, facts, cfg.dt)
     algorithm = offline.build(kind, name, spec, settings, cfg.seed)
     about = {"task_options": facts.options} if facts else {}
