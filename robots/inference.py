@@ -371,7 +371,7 @@ class InferenceProcess(_Publisher):
         stall_seconds: float = 10.0,
         startup_seconds: float = 180.0,
         threads: int = 1,
-        niceness: int = 5,
+        niceness: int = 10,
     ) -> None:
         self.factory, self.stall_seconds, self.startup_seconds = factory, stall_seconds, startup_seconds
         self.threads, self.niceness = threads, niceness
