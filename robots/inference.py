@@ -382,9 +382,9 @@ class InferenceProcess(_Publisher):
         self._failure: str | None = None
 
     @property
-    def pid(self) -> int | None:
-        """The process id, None before `start`."""
-        return None if self._process is None else self._process.pid
+    def pid(self) -> int:
+        """The process id, after `start`."""
+        return self._process.pid
 
     def start(self, shapes: Mapping[str, tuple[int, ...]], pace: Pace) -> Hello:
         self._pace = pace

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pilotwave.errors import UserError
 from robots.controller import Chunk, Tracker
@@ -68,27 +69,20 @@ class LogicalClock:
         self.time = max(self.time, deadline)
 
 
-@dataclass(frozen=True, eq=False)
 class Limits:
-    """What may be sent. low, high: (Da,); rate: (Da,) largest change a second between commands, or None."""
+    """What may be sent. low, high: (Da,); rate: largest change a second between commands, (Da,) or one number."""
 
-    low: np.ndarray
-    high: np.ndarray
-    rate: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        low, high = (np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (self.low, self.high))
-        object.__setattr__(self, "low", low)
-        object.__setattr__(self, "high", high)
-        if low.shape != high.shape or low.ndim != 1 or not (np.isfinite(low).all() and np.isfinite(high).all()):
-            raise UserError(f"limits low {low.shape} and high {high.shape}; right is two finite vectors of one length")
-        if (low > high).any():
-            raise UserError(f"limit low above high at action {int(np.argmax(low > high))}; low must not exceed high")
-        if self.rate is not None:
-            rate = np.broadcast_to(np.asarray(self.rate, dtype=np.float64), low.shape)
-            if not (rate > 0).all():
-                raise UserError("a rate limit is zero, negative or NaN; right is units a second above 0")
-            object.__setattr__(self, "rate", rate)
+    def __init__(self, low: ArrayLike, high: ArrayLike, rate: ArrayLike | None = None) -> None:
+        self.low, self.high = (np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (low, high))
+        shapes = self.low.shape, self.high.shape
+        if shapes[0] != shapes[1] or self.low.ndim != 1 or not np.isfinite([self.low, self.high]).all():
+            raise UserError(f"limits low {shapes[0]} and high {shapes[1]}; right is two finite vectors of one length")
+        if (self.low > self.high).any():
+            first = int(np.argmax(self.low > self.high))
+            raise UserError(f"limit low above high at action {first}; low must not exceed high")
+        self.rate = None if rate is None else np.broadcast_to(np.asarray(rate, dtype=np.float64), self.low.shape)
+        if self.rate is not None and not (self.rate > 0).all():
+            raise UserError("a rate limit is zero, negative or NaN; right is units a second above 0")
 
     def apply(self, command: np.ndarray, previous: np.ndarray | None, seconds: float) -> np.ndarray:
         """The nearest allowed command (Da,), `seconds` after `previous`."""

@@ -29,6 +29,13 @@ from robots.tracking import DirectTracker, PDTracker
 TWO = Limits(-np.ones(2), np.ones(2))
 
 
+def at(plan: Plan, motion: float) -> np.ndarray:
+    """The plan's reference, which must exist."""
+    reference = plan.at(motion)
+    assert reference is not None
+    return reference
+
+
 def run(controller, *, robot=None, clock=None, latency=0.0, limits=TWO, **settings):
     """One logical run: (report, robot, inference)."""
     clock = clock or LogicalClock()
@@ -52,8 +59,8 @@ def test_chunk_boundaries_have_no_step():
             before = plan.at(motion)
             plan.offer(Chunk(np.concatenate([walk, 0 * walk], 2), 0.02), motion, motion - 0.05, motion, 0.2)
             if before is not None:
-                np.testing.assert_allclose(plan.at(motion), before, atol=1e-12)
-        reference = plan.at(motion)
+                np.testing.assert_allclose(at(plan, motion), before, atol=1e-12)
+        reference = at(plan, motion)
         if previous is not None:
             assert np.abs(reference - previous).max() < 0.4  # the chunks' own steps are over 1
         previous = reference
@@ -63,14 +70,14 @@ def test_blend_ends_on_the_new_chunk_exactly():
     plan, chunk = Plan(DirectTracker()), Chunk(np.full((1, 50, 2), 3.0), 0.1)
     plan.reference = np.zeros((1, 2))
     plan.offer(chunk, 0.0, 0.0, 0.0, 0.2)
-    np.testing.assert_allclose([plan.at(t)[0, 0] for t in (0.0, 0.1, 0.2, 0.3)], [0.0, 1.5, 3.0, 3.0], atol=1e-12)
+    np.testing.assert_allclose([at(plan, t)[0, 0] for t in (0.0, 0.1, 0.2, 0.3)], [0.0, 1.5, 3.0, 3.0], atol=1e-12)
 
 
 def test_chunk_waits_for_its_origin():
     plan = Plan(DirectTracker())
     plan.offer(Chunk(np.ones((1, 10, 1)), 0.1), 0.0, 0.0, 0.0, 0.0)
     plan.offer(Chunk(np.full((1, 10, 1), 2.0), 0.1), 0.1, 0.5, 0.1, 0.0)
-    assert [plan.at(t)[0, 0] for t in (0.2, 0.4, 0.5, 0.6)] == [1.0, 1.0, 2.0, 2.0]
+    assert [at(plan, t)[0, 0] for t in (0.2, 0.4, 0.5, 0.6)] == [1.0, 1.0, 2.0, 2.0]
 
 
 def test_late_references_are_dropped_and_counted():
@@ -97,19 +104,26 @@ def test_references_wait_while_the_robot_is_held():
     assert robot.sent[-1] == pytest.approx([0.9, 0.9], abs=1e-3)
 
 
-def test_late_planner_last_waypoint_is_held_at_rest():
+def test_last_waypoint_is_held_at_rest_when_the_planner_is_late():
+    class Short(MazePlanner):
+        def act(self, history, step):
+            chunk = super().act(history, step)
+            ends.append(chunk.references[0, 9, :2])
+            return Chunk(chunk.references[:, :10], chunk.dt)
+
     clock = LogicalClock()
-    task = robots.make("pointmaze-umaze", goal="chain")
-    seen = []
+    seen: list[tuple[float, np.ndarray]] = []
+    ends: list[np.ndarray] = []
     report = deploy(
-        MujocoRobot(task, now=clock.now), None, limits=TWO, clock=clock, seconds=3.0, replan=100.0, blend=0.0,
-        inference=InlineInference(MazePlanner("umaze", replan_every=0), clock.now),
-        on_tick=lambda t, o, r, c: seen.append((o["goal"][0].copy(), r[0].copy())),
+        MujocoRobot(robots.make("pointmaze-umaze"), seed=1, now=clock.now), None, limits=TWO, clock=clock, seconds=2.0,
+        inference=InlineInference(Short("umaze"), clock.now, lambda k: 100.0 * k), slow_start=0.0, hold=0.0, damp=0.0,
+        on_tick=lambda t, o, r, c: seen.append((t, np.array(r)[0])),
     )  # fmt: skip
-    assert report.held > 0 or report.chunks > 1
-    resting = [r for _, r in seen if np.all(r[2:] == 0)]
-    assert resting
-    assert np.isfinite(np.array([r for _, r in seen])).all()
+    assert report.chunks == 1
+    assert report.held == pytest.approx(180, abs=2)  # the plan lasts 0.2 s
+    for t, reference in seen:
+        if t > 0.2:
+            np.testing.assert_allclose(reference, [*ends[0], 0.0, 0.0], atol=1e-6)
 
 
 def test_slow_start_moves_from_where_the_robot_is():
@@ -149,7 +163,7 @@ def test_history_is_strided_and_padded_with_the_episodes_first():
     run(controller, robot=robot, clock=clock, step_seconds=0.1, slow_start=1.0, seconds=1.0)
     first = controller.calls[0][1]["state"]
     assert first.shape == (1, 3, 2)
-    np.testing.assert_array_equal(first, np.tile(np.float32([0.5, -0.5]), (1, 3, 1)))
+    np.testing.assert_array_equal(first, np.tile(np.array([0.5, -0.5], np.float32), (1, 3, 1)))
     step, later = controller.calls[5][0], controller.calls[5][1]["state"][0, :, 0]
     assert step == 5
     # a straight blend from 0.5 to 0: observations 0.1 s apart
@@ -172,10 +186,10 @@ def test_prediction_plans_from_where_the_robot_will_be():
         inference=InlineInference(Spy("umaze", speed=1.0, replan_every=20), clock.now, 0.2),
         on_tick=lambda t, o, r, c: path.append((t, *o["state"][0])),
     )  # fmt: skip
-    path = np.array(path)
+    positions = np.array(path)[:, 1:3]
     errors = []
     for state in asked[3:6]:  # with a latency known, and the robot under way
-        gaps = np.linalg.norm(path[:, 1:3] - state[:2], axis=1)
+        gaps = np.linalg.norm(positions - state[:2], axis=1)
         errors.append(gaps.min())
     assert max(errors) < 0.05
 
@@ -226,7 +240,7 @@ def test_dead_inference_is_held_then_damped():
     clock = LogicalClock()
     robot = Arm(clock.now)
     damped = []
-    robot.damp = lambda: bool(damped.append(clock.now()) or True)
+    robot.damp = lambda: damped.append(clock.now()) is None  # type: ignore[attr-defined, func-returns-value]
     controller = Constant([0.9, 0.0], steps=100, replan_every=0)
     inference = InlineInference(controller, clock.now)
     robot.script[52] = lambda: setattr(inference, "failure", "inference process died")
@@ -366,6 +380,7 @@ def test_overruns_are_counted_and_the_grid_is_kept():
     np.testing.assert_allclose(started, np.round(started), atol=1e-6)
     assert grid[-1] == pytest.approx(119)
     assert report.late_periods == 2
+    assert report.period_ms is not None
     assert report.period_ms["max"] == pytest.approx(25.0, abs=0.01)
     assert report.period_ms["p50"] == pytest.approx(10.0, abs=0.01)
 
@@ -490,6 +505,7 @@ def test_process_drives_and_a_slow_planner_leaves_the_period_alone():
     report = deploy(robot, factory([0.9, -0.9], replan_every=1), limits=limits, config=config)
     assert report.ended == "time"
     assert report.chunks in (1, 2, 3)
+    assert report.latency_ms is not None
     assert report.latency_ms["p50"] >= 900
     # every period has its tick, or is counted as missed
     assert report.ticks + report.missed_deadlines == pytest.approx(260, abs=3)
@@ -566,6 +582,7 @@ if __name__ == "__main__":
     script.write_text(code)
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
     pid, name = process.stdout.readline().split()
     assert os.path.exists(f"/dev/shm/{name}")
     process.kill()
