@@ -371,7 +371,7 @@ class InferenceProcess(_Publisher):
         stall_seconds: float = 10.0,
         startup_seconds: float = 180.0,
         threads: int = 1,
-        niceness: int = 5,
+        niceness: int = 10,
     ) -> None:
         self.factory, self.stall_seconds, self.startup_seconds = factory, stall_seconds, startup_seconds
         self.threads, self.niceness = threads, niceness
@@ -382,9 +382,9 @@ class InferenceProcess(_Publisher):
         self._failure: str | None = None
 
     @property
-    def pid(self) -> int | None:
-        """The process id, None before `start`."""
-        return None if self._process is None else self._process.pid
+    def pid(self) -> int:
+        """The process id, after `start`."""
+        return self._process.pid
 
     def start(self, shapes: Mapping[str, tuple[int, ...]], pace: Pace) -> Hello:
         self._pace = pace

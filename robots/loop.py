@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pilotwave.errors import UserError
 from robots.controller import Chunk, Tracker
@@ -39,7 +40,7 @@ class Clock(Protocol):
 class MonotonicClock:
     """time.monotonic; sleeps to `spin` seconds before a deadline, then spins (sleep alone wakes some 0.1 ms late)."""
 
-    def __init__(self, spin: float = 3e-4) -> None:
+    def __init__(self, spin: float = 2e-4) -> None:
         self.spin = spin
         self.now = time.monotonic
 
@@ -68,27 +69,20 @@ class LogicalClock:
         self.time = max(self.time, deadline)
 
 
-@dataclass(frozen=True, eq=False)
 class Limits:
-    """What may be sent. low, high: (Da,); rate: (Da,) largest change a second between commands, or None."""
+    """What may be sent. low, high: (Da,); rate: largest change a second between commands, (Da,) or one number."""
 
-    low: np.ndarray
-    high: np.ndarray
-    rate: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        low, high = (np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (self.low, self.high))
-        object.__setattr__(self, "low", low)
-        object.__setattr__(self, "high", high)
-        if low.shape != high.shape or low.ndim != 1 or not (np.isfinite(low).all() and np.isfinite(high).all()):
-            raise UserError(f"limits low {low.shape} and high {high.shape}; right is two finite vectors of one length")
-        if (low > high).any():
-            raise UserError(f"limit low above high at action {int(np.argmax(low > high))}; low must not exceed high")
-        if self.rate is not None:
-            rate = np.broadcast_to(np.asarray(self.rate, dtype=np.float64), low.shape)
-            if not (rate > 0).all():
-                raise UserError("a rate limit is zero, negative or NaN; right is units a second above 0")
-            object.__setattr__(self, "rate", rate)
+    def __init__(self, low: ArrayLike, high: ArrayLike, rate: ArrayLike | None = None) -> None:
+        self.low, self.high = (np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (low, high))
+        shapes = self.low.shape, self.high.shape
+        if shapes[0] != shapes[1] or self.low.ndim != 1 or not np.isfinite([self.low, self.high]).all():
+            raise UserError(f"limits low {shapes[0]} and high {shapes[1]}; right is two finite vectors of one length")
+        if (self.low > self.high).any():
+            first = int(np.argmax(self.low > self.high))
+            raise UserError(f"limit low above high at action {first}; low must not exceed high")
+        self.rate = None if rate is None else np.broadcast_to(np.asarray(rate, dtype=np.float64), self.low.shape)
+        if self.rate is not None and not (self.rate > 0).all():
+            raise UserError("a rate limit is zero, negative or NaN; right is units a second above 0")
 
     def apply(self, command: np.ndarray, previous: np.ndarray | None, seconds: float) -> np.ndarray:
         """The nearest allowed command (Da,), `seconds` after `previous`."""
@@ -117,7 +111,8 @@ class LoopConfig:
     hold, damp: lengths of the two phases that end every run. patience: consecutive bad observations, sends, commands or
     chunks before a fault. restarts: how often a dead inference process is started again. stall, startup: see
     InferenceProcess. spin: before each deadline. tolerance: share of a period after which a tick counts as late.
-    realtime_priority: SCHED_FIFO priority for the loop, where the system permits it.
+    realtime_priority: SCHED_FIFO priority of the loop's thread where the system permits it (root, or an rtprio limit);
+    None: ordinary scheduling.
     """
 
     seconds: float | None = 60.0
@@ -136,9 +131,9 @@ class LoopConfig:
     restarts: int = 0
     stall: float = 10.0
     startup: float = 180.0
-    spin: float = 3e-4
+    spin: float = 2e-4
     tolerance: float = 0.1
-    realtime_priority: int | None = None
+    realtime_priority: int | None = 20
 
     def __post_init__(self) -> None:
         positive = {"frequency": self.frequency, "seconds": self.seconds, "step_seconds": self.step_seconds}
@@ -193,7 +188,8 @@ class DeployReport:
     missed_deadlines: periods that were over before their command was sent. late_periods: ticks that began more than
     `tolerance` of a period after their deadline. work_ms: from a tick's start to its command. chunk_age_ms: at each
     tick, since the observation that the plan in force was made from. latency_ms: from observation to chunk in the loop;
-    decision_ms: the controller's share. dropped_references: due before their chunk arrived; late_chunks: all of them
+    decision_ms: the controller's share. scheduling: what the system
+    gave the loop's thread. dropped_references: due before their chunk arrived; late_chunks: all of them
     were. held: ticks without a reference due. clamped: commands that the limits changed; violations: commands outside
     of the limits as the robot says it executed them. faults: how many; fault_log: the first hundred.
     """
@@ -223,6 +219,7 @@ class DeployReport:
     bad_commands: int = 0
     bad_sends: int = 0
     restarts: int = 0
+    scheduling: str = "normal"
     ended: str = ""
     fault_log: list[Fault] = field(default_factory=list)
     episode_seconds_mean: float | None = None
@@ -342,6 +339,7 @@ class _Loop:
         self.phase_ends = np.inf
         self.damped_by_robot = False
         self.signal: int | None = None
+        self.hurry = False
 
     # ---- what can go wrong
 
@@ -530,7 +528,7 @@ class _Loop:
                 self.damped_by_robot = bool(damp()) if damp is not None else False
             except Exception as error:
                 self.fault("damp", f"{type(error).__name__}: {error}", now)
-        if self.phase == "damp" and now >= self.phase_ends:
+        if self.hurry or (self.phase == "damp" and now >= self.phase_ends):
             self.phase = "over"
 
     def tick(self, now: float) -> None:
@@ -612,8 +610,7 @@ def _signals(loop: _Loop) -> Iterator[None]:
         return
 
     def handler(number: int, frame: object) -> None:
-        if loop.signal is not None:
-            loop.phase_ends = -np.inf
+        loop.hurry = loop.signal is not None
         loop.signal = number
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -624,26 +621,32 @@ def _signals(loop: _Loop) -> Iterator[None]:
             signal.signal(number, old)
 
 
+def _prioritise(priority: int | None) -> str:
+    """Real-time scheduling for this thread if the system permits it; what was got."""
+    if not priority or not hasattr(os, "SCHED_RESET_ON_FORK"):
+        return "normal"
+    try:
+        # threads and processes started from here must not inherit it
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
+    except OSError:
+        return "normal"
+    return f"fifo {priority}"
+
+
 @contextmanager
-def _quiet(priority: int | None) -> Iterator[None]:
-    """No garbage collection at random moments, and real-time scheduling if asked for."""
+def _undisturbed(priority: int | None) -> Iterator[str]:
+    """No garbage collection at random moments, and real-time scheduling where permitted; yields the scheduling."""
     enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
     gc.disable()
-    policy = os.sched_getscheduler(0) if priority else None
+    before = (os.sched_getscheduler(0), os.sched_getparam(0)) if hasattr(os, "sched_getparam") else None
+    scheduling = _prioritise(priority)
     try:
-        if priority:
-            try:
-                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
-            except PermissionError:
-                raise UserError(
-                    f"realtime_priority={priority} needs the right to it (ulimit -r, CAP_SYS_NICE)"
-                ) from None
-        yield
+        yield scheduling
     finally:
-        if policy is not None:
-            os.sched_setscheduler(0, policy, os.sched_param(0))
+        if before is not None and scheduling != "normal":
+            os.sched_setscheduler(0, *before)
         gc.unfreeze()
         if enabled:
             gc.enable()
@@ -708,7 +711,8 @@ def deploy(
         now = clock.now()
         inference.publish(now, now, loop.episode, loop.observation["state"][0], loop.observation)
         inference.wait_ready()
-        with _signals(loop), _quiet(config.realtime_priority):
+        priority = config.realtime_priority if isinstance(clock, MonotonicClock) else None
+        with _signals(loop), _undisturbed(priority) as loop.report.scheduling:
             return loop.run()
     finally:
         try:

@@ -11,6 +11,7 @@ import robots
 from robots.loop import LogicalClock
 from robots.mujoco_robot import MujocoRobot
 from robots.robot import Adapter
+from robots.tasks.pointmaze import PointMaze
 
 
 def push(robot: MujocoRobot, *force: float) -> dict[str, float]:
@@ -101,7 +102,7 @@ def test_episodes_time_out_into_a_new_scene(clock):
 
 
 def test_chained_goals_keep_the_scene(clock):
-    task = robots.make("pointmaze-umaze", goal="chain")
+    task = PointMaze("umaze", goal="chain")
     robot = MujocoRobot(task, now=clock.now)
     robot.connect()
     observation = robot.get_observation()
@@ -131,10 +132,10 @@ def test_adapter_orders_names_and_refuses_what_is_wrong(clock):
     adapter = Adapter(robot)
     assert adapter.shapes == {"state": (4,), "goal": (2,)}
     arrays = adapter.arrays(flat)
-    np.testing.assert_array_equal(arrays["state"][0], np.float32([flat[k] for k in ("x", "y", "vx", "vy")]))
-    np.testing.assert_array_equal(arrays["goal"][0], np.float32([flat["goal.0"], flat["goal.1"]]))
+    np.testing.assert_array_equal(arrays["state"][0], np.array([flat[k] for k in ("x", "y", "vx", "vy")], np.float32))
+    np.testing.assert_array_equal(arrays["goal"][0], np.array([flat["goal.0"], flat["goal.1"]], np.float32))
     backwards = Adapter(robot, state=("vy", "x"), action=("force_y", "force_x"))
-    np.testing.assert_array_equal(backwards.arrays(flat)["state"][0], np.float32([flat["vy"], flat["x"]]))
+    np.testing.assert_array_equal(backwards.arrays(flat)["state"][0], np.array([flat["vy"], flat["x"]], np.float32))
     assert backwards.flat(np.array([1.0, 2.0])) == {"force_y": 1.0, "force_x": 2.0}
     with pytest.raises(ValueError, match="state is not finite"):
         adapter.arrays(flat | {"x": float("inf")})

@@ -1,4 +1,4 @@
-"""Controllers for the tests of the real-time loop, made in the inference process by `robots.inference.Factory`."""
+"""A robot and controllers for the tests of the real-time loop; the controllers are made in the inference process."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class MazePlanner:
         points = [state[:2], *middle[route[1:]], goal]
         if len(route) > 1 and (state[:2] - middle[here]) @ (middle[route[1]] - middle[here]) < 0:
             points.insert(1, middle[here])  # not past the first cell's middle yet
-        points = np.array(points)
-        along = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
+        corners = np.array(points)
+        along = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(corners, axis=0), axis=1))])
         wanted = np.arange(0.0, along[-1] + self.speed * self.dt, self.speed * self.dt)
-        path = np.stack([np.interp(wanted, along, points[:, k]) for k in range(2)], axis=1)
+        path = np.stack([np.interp(wanted, along, corners[:, k]) for k in range(2)], axis=1)
         velocity = np.gradient(path, self.dt, axis=0) if len(path) > 1 else np.zeros_like(path)
         return Chunk(np.concatenate([path, velocity], axis=1)[None], self.dt)
 
@@ -79,3 +79,56 @@ class Constant:
                 "width": np.tile(references, (1, 1, 2)),
             }[self.bad]
         return Chunk(references, self.dt)
+
+
+class Arm:
+    """A LeRobot-like robot (no base class) whose two joints go where they are told; scripted failures by tick."""
+
+    def __init__(self, now=time.monotonic, names=("a.pos", "b.pos"), episodes=False) -> None:
+        self.now, self.names, self.position = now, names, np.array([0.5, -0.5])
+        self.sent: list[np.ndarray] = []
+        self.times: list[float] = []
+        self.reads = 0
+        self.script: dict[int, object] = {}  # read number -> exception to raise, observation to return, or function
+        self.send_script: dict[int, Exception] = {}
+        self.connected = self.was_connected = False
+        self.episode = 0.0 if episodes else None
+
+    @property
+    def observation_features(self):
+        return dict.fromkeys(self.names, float) | ({} if self.episode is None else {"episode": float})
+
+    @property
+    def action_features(self):
+        return {"a.pos": float, "b.pos": float}
+
+    @property
+    def is_connected(self):
+        return self.connected
+
+    def connect(self):
+        self.connected = self.was_connected = True
+
+    def disconnect(self):
+        self.connected = False
+
+    def get_observation(self):
+        self.reads += 1
+        event = self.script.get(self.reads)
+        if isinstance(event, Exception):
+            raise event
+        if callable(event):
+            event()
+        elif event is not None:
+            return event
+        flat = dict(zip(self.names, self.position.tolist()))
+        return flat if self.episode is None else flat | {"episode": self.episode}
+
+    def send_action(self, action):
+        command = np.array([action["a.pos"], action["b.pos"]])
+        self.times.append(self.now())
+        self.sent.append(command)
+        if len(self.sent) in self.send_script:
+            raise self.send_script[len(self.sent)]
+        self.position = command
+        return action
