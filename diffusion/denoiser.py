@@ -69,7 +69,13 @@ class Denoiser(nn.Module):
     The network is called as `network(x, t, condition)` with x scaled to unit variance, t of shape (B, H, G) where G is
     the number of the layout's groups, and the condition passed through. `t` may be (), (B,), (B, H), (B, H, G) or
     (B, H, F).
+
+    In the loss, a sequence with one level has few distinct tokens of levels: clean or noisy, group by group. A network
+    whose `shares_levels` is true is called as `network(x, t, condition, pattern)` with t (B, U, G), U = 1 or 2^G, and
+    pattern (B, H, U), the row of t that each token has (one-hot; None: U = 1). The same function, less work.
     """
+
+    share_levels = True
 
     def __init__(self, network: nn.Module, schedule: NoiseSchedule, layout: Layout, prediction: str = "data") -> None:
         super().__init__()
@@ -95,6 +101,21 @@ class Denoiser(nn.Module):
             t = t[..., [self.layout[group].start for group in self.layout.groups]]
         t = t.expand(x.shape[0], x.shape[1], len(self.layout.groups))
         return self.network(x * torch.rsqrt(a**2 + s**2), t, condition).to(x.dtype)
+
+    def _shared(self, levels: Tensor, clean: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """t and pattern for a network that shares levels, None where that would not be less work."""
+        groups = len(self.layout.groups)
+        fewer = levels.ndim == 1 and (clean is None or 2 ** (groups + 1) <= x.shape[1])
+        if not (self.share_levels and fewer and getattr(self.network, "shares_levels", False)):
+            return None
+        t = levels.to(x.dtype)[:, None, None].expand(-1, 1, groups)
+        if clean is None:
+            return t, None
+        bits = 2 ** torch.arange(groups, device=x.device)
+        rows = torch.arange(2**groups, device=x.device)
+        known = (rows[:, None] & bits) > 0  # (U, G), row i is clean where i's bits are set
+        pattern = ((clean * bits).sum(-1, keepdim=True) == rows).to(x.dtype)
+        return torch.where(known, torch.zeros_like(t), t), pattern.expand(x.shape[0], -1, -1)
 
     def _alpha_sigma(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         t = broadcast_levels(t.to(x.dtype), x, self.layout)
@@ -132,7 +153,11 @@ class Denoiser(nn.Module):
             t = torch.where(clean, torch.zeros_like(t), t)
         eps = torch.randn(x_0.shape, device=x_0.device, dtype=x_0.dtype, generator=generator)
         a, s = self._alpha_sigma(x_0, t)
-        out = self.output(a * x_0 + s * eps, t, a, s, condition)
+        x_t, shared = a * x_0 + s * eps, self._shared(levels, clean, x_0)
+        if shared is None:
+            out = self.output(x_t, t, a, s, condition)
+        else:
+            out = self.network(x_t * torch.rsqrt(a**2 + s**2), shared[0], condition, shared[1]).to(x_t.dtype)
         error = (out - self.prediction.target(x_0, eps, a, s)) ** 2
         w = WEIGHTINGS[weighting]((a / s.clamp_min(1e-4)) ** 2, self.prediction.data_error(a, s), gamma)
         if clean is not None:

@@ -129,8 +129,11 @@ class Algorithm(nn.Module, ABC):
         """Scalar loss of a batch from `windows`, and scalars to log (detached). All randomness is `generator`'s."""
 
     def networks(self) -> list[nn.Module]:
-        """The modules that do the work, called as `module(...)` with tensors only: the trainer may compile these."""
-        return [module for module in self.children() if any(True for _ in module.parameters())]
+        """The modules that do the work, called as `module(...)` on tensors alone: the trainer may compile these.
+
+        Here, whatever is held under the name `network` (as a Denoiser holds its own).
+        """
+        return [module for path, module in self.named_modules() if path.rpartition(".")[2] == "network"]
 
 
 _REGISTRY: dict[str, dict[str, type[Algorithm]]] = {"planner": {}, "policy": {}, "world_model": {}}

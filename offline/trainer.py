@@ -261,23 +261,24 @@ class Stepper:
                     tensors[f"adamw.{key}.{name}"] = self.optimizer.state[p][key]
         return tensors
 
-    def restore(self, tensors: Mapping[str, Tensor], source: Path) -> None:
-        """The inverse of `tensors`; UserError when they belong to another network."""
-        own = model_tensors(self.algorithm, self.ema())
-        for key, value in own.items():
-            if key not in tensors or tensors[key].shape != value.shape:
-                raise UserError(
-                    f"{source} does not fit this configuration ('{key}' differs); "
-                    f"choose another out= or delete {source}"
-                )
-        state = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
-        self.algorithm.load_state_dict(state)
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`, but for the module's own, which `load_weights` brings back."""
         torch._foreach_copy_(self.averages, [tensors[f"ema.{name}"].to(self.device) for name in self.named])
         for name, p in self.named.items():
             if f"adamw.step.{name}" in tensors:
                 moments = {key: tensors[f"adamw.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
                 where = self.device if self.optimizer.defaults.get("fused") else "cpu"
                 self.optimizer.state[p] = {k: v.to(where if k == "step" else self.device) for k, v in moments.items()}
+
+
+def load_weights(algorithm: Algorithm, tensors: Mapping[str, Tensor], run: Path) -> None:
+    """The module's own state out of a train_state; UserError when it belongs to another network."""
+    state = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+    own = algorithm.state_dict()
+    for key in own.keys() | state.keys():
+        if key not in own or key not in state or own[key].shape != state[key].shape:
+            raise UserError(f"{run / STATE} does not fit this configuration ('{key}' differs); choose another out=")
+    algorithm.load_state_dict(state)
 
 
 # --------------------------------------------------------------------------------------------------------- reporting
@@ -404,7 +405,7 @@ def train(
     """
     run = Path(out)
     make_folder(run)
-    accelerator = _accelerator(config)
+    accelerator = accelerator_for(config)
     main = accelerator.is_main_process
     with _only_trainer(run, main), _signals() as signalled:
         return _train(algorithm, store, run, config, accelerator, signalled, resume, full_config, card, console)
@@ -436,12 +437,7 @@ def _train(
         algorithm.prepare(store)
         algorithm.to(device)
     else:
-        # buffers first: the windows are normalized by them
-        buffers = dict(algorithm.named_buffers())
-        for name, buffer in buffers.items():
-            key = f"weights.{name}"
-            if key in saved[0] and saved[0][key].shape == buffer.shape:
-                buffer.copy_(saved[0][key])
+        load_weights(algorithm, saved[0], run)  # before the windows, which its normalizer makes
     if accelerator.num_processes > 1:
         for tensor in algorithm.state_dict().values():
             tensor.copy_(broadcast(tensor.clone()))
@@ -450,14 +446,14 @@ def _train(
     validation = algorithm.windows(held_out, device) if held_out is not None and config.validation_every else None
     start, spent = 0, 0.0
     if saved is not None:
-        stepper.restore(saved[0], run / STATE)
+        stepper.restore(saved[0])
         start, spent = int(saved[1]["step"]), float(saved[1]["seconds"])
     if main:
         report_console = console or Console(stderr=True)
     else:
         report_console = Console(quiet=True)
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-    how = {"precision": precision, "compiled": _compile(algorithm, config, device)}
+    how = {"precision": precision, "compiled": compile_networks(algorithm, config, device)}
     how |= {"threads": torch.get_num_threads(), "processes": accelerator.num_processes}
     report = _Report(run, start, config.steps, main, report_console)
     if saved is not None:
@@ -554,7 +550,8 @@ def _train(
     return last
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
+def accelerator_for(config: TrainConfig) -> Accelerator:
+    """Device, precision and processes as configured; UserError for a device that is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but torch sees no CUDA device; use train.device=cpu or auto")
     if config.device == "mps" and not torch.backends.mps.is_available():
@@ -567,7 +564,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _compile(algorithm: Algorithm, config: TrainConfig, device: torch.device) -> bool:
+def compile_networks(algorithm: Algorithm, config: TrainConfig, device: torch.device) -> bool:
     """Compile the networks in place where asked or where it pays; False when they run as they are."""
     if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
         return False

@@ -6,46 +6,21 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from offline.algorithm import Algorithm, DataSpec, build, register
+from offline.normalizer import Normalizer
+from offline.store import TrajectoryStore
 from offline.trainer import TrainConfig, train
+from offline.windows import Windows
 
 SPEC = DataSpec(task="random-walk", observation_dim=2, action_dim=2, dt=0.1)
 CONFIG = {"horizon": 8, "width": 32, "dropout": 0.1}
-
-
-@dataclass
-class Walks:
-    """Random walks as episodes: just what the tests need of a store."""
-
-    observation: np.ndarray  # (E, T, 2)
-
-    def split(self, held_out: int, seed: int) -> tuple[Walks, Walks]:
-        order = np.random.default_rng(seed).permutation(len(self.observation))
-        return Walks(self.observation[order[held_out:]]), Walks(self.observation[order[:held_out]])
-
-
-class WalkWindows:
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def sample(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"x": self.x[torch.randint(len(self.x), (batch,), generator=generator, device=self.x.device)]}
-
-
-class Scale(nn.Module):
-    scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.ones(2))
 
 
 @register
@@ -55,21 +30,22 @@ class TinyDenoiser(Algorithm):
     def __init__(self, spec: DataSpec, config) -> None:
         super().__init__(spec, config)
         features, width = config["horizon"] * spec.observation_dim, config["width"]
-        self.normalizer = Scale()
+        self.normalizer = Normalizer.from_shapes({"observation": spec.observation_dim})
         self.network = nn.Sequential(
             nn.Linear(features + 1, width), nn.GELU(), nn.Dropout(config["dropout"]), nn.Linear(width, features)
         )
 
-    def prepare(self, store) -> None:
-        self.normalizer.scale.copy_(torch.from_numpy(np.abs(store.observation).max((0, 1))))
+    def prepare(self, store):
+        fitted = Normalizer.fit({"observation": store.columns["observation"]}, "limits")
+        self.normalizer.load_state_dict(fitted.state_dict())
 
     def windows(self, store, device):
-        x = torch.from_numpy(store.observation).to(device) / self.normalizer.scale
-        windows = x.unfold(1, self.config["horizon"], 1).transpose(2, 3)
-        return WalkWindows(windows.reshape(-1, self.config["horizon"], 2))
+        windows = Windows(store, self.config["horizon"], columns=["observation"], device=device)
+        windows.columns["observation"] = self.normalizer.normalize("observation", windows.columns["observation"])
+        return windows
 
     def loss(self, batch, generator):
-        x = batch["x"].flatten(1)
+        x = batch["observation"].flatten(1)
         t = torch.rand((len(x), 1), generator=generator, device=x.device)
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         predicted = self.network(torch.cat([(1 - t) * x + t * noise, t], 1))
@@ -77,9 +53,10 @@ class TinyDenoiser(Algorithm):
         return loss, {"x0_error": (predicted - x).abs().mean()}
 
 
-def walks(episodes: int = 16, steps: int = 40) -> Walks:
-    rng = np.random.default_rng(0)
-    return Walks(rng.normal(size=(episodes, steps, 2)).cumsum(1).astype(np.float32))
+def walks(episodes: int = 16, length: int = 40) -> TrajectoryStore:
+    steps = np.random.default_rng(0).normal(size=(episodes, length, 2))
+    observation = steps.cumsum(1).astype(np.float32).reshape(-1, 2)
+    return TrajectoryStore({"observation": observation}, length * np.arange(1, episodes + 1), dt=0.1)
 
 
 def run(out: Path, **settings) -> dict:

@@ -18,6 +18,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
+def _spread(rows: Tensor, pattern: Tensor | None) -> Tensor:
+    """The row of each token: (B, U, C), one-hot (B, H, U) -> (B, H, C). A product, so that its gradient is one too."""
+    return rows if pattern is None else pattern.to(rows.dtype) @ rows
+
+
 class Block(nn.Module):
     """Attention and MLP, each modulated by (shift, scale, gate) a token."""
 
@@ -33,8 +38,9 @@ class Block(nn.Module):
         )
         self.offset = nn.Parameter(torch.zeros(6 * width))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation + self.offset).chunk(6, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor, pattern: Tensor | None) -> Tensor:
+        modulation = _spread(modulation + self.offset, pattern)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
         qkv = self.qkv(modulate(self.norm_1(x), shift_1, scale_1))
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         attention = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -43,7 +49,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """(B, H, features), levels (B, H, groups), condition (B, condition_dim) -> (B, H, features)."""
+    """(B, H, features), levels (B, H, groups), condition (B, condition_dim) -> (B, H, features).
+
+    With a one-hot `pattern` (B, H, U), levels are (B, U, groups) and token h has row pattern[h] of them.
+    """
+
+    shares_levels = True
 
     def __init__(
         self,
@@ -73,7 +84,9 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None, pattern: Tensor | None = None
+    ) -> Tensor:
         c = self.level(t)
         if self.condition is not None:
             assert condition is not None, "this network needs a condition"
@@ -82,6 +95,6 @@ class Transformer(nn.Module):
         h = self.embed(self.fourier(x).to(c.dtype)) + self.position
         modulation = self.modulation(c)
         for block in self.blocks:
-            h = block(h, modulation)
-        shift, scale = self.last_modulation(c).chunk(2, dim=-1)
+            h = block(h, modulation, pattern)
+        shift, scale = _spread(self.last_modulation(c), pattern).chunk(2, dim=-1)
         return self.out(modulate(self.norm(h), shift, scale))
