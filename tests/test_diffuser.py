@@ -1,4 +1,4 @@
-"""Diffuser: pins hold, shapes are those of the contract, guidance tilts, and a small training plans through a corridor."""
+"""Diffuser: pins hold, shapes are the contract's, guidance tilts, and a small training plans straight lines."""
 
 import numpy as np
 import pytest
