@@ -30,10 +30,10 @@ class PlanController:
     """Plans, and tracks the best of `samples` plans.
 
     A decision falls due every `replan_every` steps (0: once an episode). At a decision a robot gets a new plan; with
-    `deviation` set, only a robot that is further than this from where its plan has it, whose plan has run out away from
-    its goal, or whose goal has moved: the others go on with what they have, since a plan in progress that works is worth
-    more than a new one. The references are states tracked by a PD law with gains kp and kd, read `lookahead` seconds
-    ahead, or the planned actions themselves. The noise comes from `seed`, so roll-outs repeat.
+    `deviation` set, only a robot that is further than this from where its plan has it, whose plan ran out away from
+    its goal, or whose goal has moved: the others go on, since a plan that works is worth more than a new one. The
+    references are states tracked by a PD law with gains kp and kd, read `lookahead` seconds ahead, or the planned
+    actions themselves. The noise comes from `seed`, so roll-outs repeat.
     """
 
     def __init__(
