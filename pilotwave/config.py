@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pilotwave.errors import UserError, nearest
 
-Fallback = Callable[[str, str], Mapping[str, Any] | None]
+Extra = Callable[[str], Mapping[str, Mapping[str, Any]]]
 
 # Whole numbers that make no sense below these, wherever they stand in a configuration.
 LEAST = {
@@ -69,11 +69,11 @@ def store(group: str, name: str, content: Mapping[str, Any]) -> None:
     ConfigStore.instance().store(group=group, name=name, node=dict(content), package=package)
 
 
-def compose(command: str, overrides: Sequence[str] = (), fallback: Fallback | None = None) -> DictConfig:
+def compose(command: str, overrides: Sequence[str] = (), extra: Extra | None = None) -> DictConfig:
     """The resolved configuration of a command.
 
     `overrides` are Hydra's (`planner=diffuser planner.horizon=256 +planner.extra=1 ~planner.guide`); a group also takes
-    the path of a YAML file, and `fallback(group, name)` may give the settings of a name that no file has.
+    the path of a YAML file, and `extra(group)` gives further options, name to settings, that no file has.
     """
     file = primary(command)
     own_groups = {key for entry in file.get("defaults", ()) if isinstance(entry, Mapping) for key in entry}
@@ -88,7 +88,7 @@ def compose(command: str, overrides: Sequence[str] = (), fallback: Fallback | No
             parsed = _parse(text)
             is_group = parsed.key_or_group in own_groups and not isinstance(parsed.value(), dict)
             (chosen if is_group else values).append(parsed)
-    selected = [_choose(override, fallback) for override in chosen]
+    selected = [_choose(override, extra) for override in chosen]
     base = _compose(command, selected)
     texts = [_check_key(override, base, own_groups) for override in values]
     config = _compose(command, selected + texts) if texts else base
@@ -120,13 +120,14 @@ def _compose(command: str, overrides: list[str]) -> DictConfig:
         raise UserError(f"cannot put the settings together: {' '.join(str(error).split())}") from error
 
 
-def _choose(override: Override, fallback: Fallback | None) -> str:
+def _choose(override: Override, extra: Extra | None) -> str:
     """The Hydra override of a group's choice, once the option exists."""
     group, name = str(override.key_or_group), override.value()
     if name is None:
         return f"{group}=null"
     name = str(name)
-    known = {*groups()[group], *(entry[:-5] for entry in _stored(group))}
+    further = extra(group) if extra else {}
+    known = {*groups()[group], *(entry[:-5] for entry in _stored(group)), *further}
     if name.endswith((".yaml", ".yml", ".txt")):
         path = Path(name).expanduser()
         if not path.is_file():
@@ -135,10 +136,9 @@ def _choose(override: Override, fallback: Fallback | None) -> str:
         name = path.stem
         store(group, name, _users_file(group, path))
     elif name not in known:
-        settings = fallback(group, name) if fallback else None
-        if settings is None:
-            raise nearest(group.replace("_", " "), name, known)
-        store(group, name, settings)
+        raise nearest(group.replace("_", " "), name, known)
+    elif name in further and name not in groups()[group]:
+        store(group, name, further[name])
     return f"{group}={name}"
 
 

@@ -18,7 +18,7 @@ from pilotwave.runs import PACKAGES, provenance, task_options
 
 def run(overrides: Sequence[str]) -> None:
     """Train, then print the final metrics and where the run lies."""
-    cfg = compose("train", overrides, fallback=registered_default)
+    cfg = compose("train", overrides, extra=registered_defaults)
     kind = chosen_kind(cfg)
     if cfg.data is None:
         raise UserError("no data given; add data=PATH ('pilotwave data PATH' shows what a data set holds)")
@@ -56,15 +56,15 @@ def chosen_kind(cfg: DictConfig) -> str:
     return kinds[0]
 
 
-def registered_default(group: str, name: str) -> Mapping[str, Any] | None:
-    """The `default_config` of a registered class (a plug-in's) that no file in `configs` describes."""
-    if "offline.algorithm" not in sys.modules:  # nothing can be registered yet, and importing it takes seconds
-        return None
+def registered_defaults(group: str) -> dict[str, Mapping[str, Any]]:
+    """The `default_config` of registered classes (a plug-in's), by name."""
+    if group not in PACKAGES or "offline.algorithm" not in sys.modules:
+        return {}  # nothing can be registered yet, and importing it takes seconds
     from offline import algorithms
 
-    default = getattr(algorithms(group).get(name), "default_config", None) if group in PACKAGES else None
-    content = default() if callable(default) else default
-    return None if content is None else {"name": name, **content}
+    found = {name: getattr(cls, "default_config", None) for name, cls in algorithms(group).items()}
+    contents = {name: default() if callable(default) else default for name, default in found.items()}
+    return {name: {"name": name, **content} for name, content in contents.items() if content is not None}
 
 
 def task_spec(task: str | None, options: Mapping[str, Any]) -> Any:
