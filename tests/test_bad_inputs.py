@@ -13,6 +13,7 @@ TINY = [
     "planner=diffuser",
     "task=pointmaze-umaze",
     "planner.horizon=8",
+    "planner.stride=1",
     "planner.network.width=16",
     "planner.network.depth=1",
     "planner.network.heads=2",

@@ -508,7 +508,8 @@ def test_process_drives_and_a_slow_planner_leaves_the_period_alone():
     assert report.latency_ms is not None
     assert report.latency_ms["p50"] >= 900
     # every period has its tick, or is counted as missed
-    assert report.ticks + report.missed_deadlines == pytest.approx(260, abs=3)
+    assert report.ticks <= 263
+    assert report.ticks + report.missed_deadlines >= 257
     assert (report.violations, report.faults, report.bad_commands) == (0, 0, 0)
     np.testing.assert_allclose(robot.sent[-1], [0.6, -0.6])
     assert not robot.connected
