@@ -123,3 +123,41 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="no dt known"):
         offline.write(store, tmp_path / "lerobot", "lerobot_v3")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
+
+
+def _d4rl(path):
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        file.update({"observations": np.zeros((9, 3)), "actions": np.ones((9, 2)), "timeouts": np.arange(9) % 3 == 2})
+
+
+def _npz(path):
+    np.savez_compressed(path, observations=np.zeros((9, 3)), actions=np.ones((9, 2)), terminals=np.arange(9) % 3 == 2)
+
+
+def _npy(path):
+    np.save(path, np.ones((3, 3, 2)))
+
+
+@pytest.mark.parametrize(("make", "name"), [(_d4rl, "a.hdf5"), (_npz, "a.npz"), (_npy, "a.npy")])
+def test_damaged_bytes_end_in_one_line(tmp_path, make, name):
+    path, generator, errors = tmp_path / name, np.random.default_rng(0), []
+    make(path)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for trial in range(60):
+        damaged = whole.copy()
+        start = int(generator.integers(len(whole)))
+        if trial % 3 == 0:
+            damaged = damaged[:start]
+        elif trial % 3 == 1:
+            damaged[start : start + 100] = 0
+        else:
+            damaged[generator.integers(0, len(whole), 20)] = generator.integers(0, 256, 20)
+        path.write_bytes(damaged.tobytes())
+        try:
+            offline.read(path)
+        except UserError as error:
+            errors.append(str(error))
+    assert len(errors) > 20
+    assert not any("\n" in error for error in errors)

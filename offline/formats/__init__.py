@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -32,8 +32,9 @@ def detect(path: str | Path) -> Format:
     path = Path(path).expanduser()
     refuse(path)
     for format in formats_known().values():
-        if format.matches(path):
-            return format
+        with _damage(path, format):
+            if format.matches(path):
+                return format
     held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "a file"
     listed = "; ".join(format.summary for format in formats_known().values())
     raise UserError(f"{path}: no known data format (found: {held or 'an empty folder'}); known: {listed}")
@@ -63,10 +64,24 @@ def read(
         raise nearest("data format", format, formats_known())
     refuse(path)
     chosen = formats_known()[format] if format else detect(path)
-    store = chosen.read(path, Options(observation_keys, images, Space(memory_budget_bytes)))
+    with _damage(path, chosen):
+        store = chosen.read(path, Options(observation_keys, images, Space(memory_budget_bytes)))
     if validate:
         store.validate()
     return store
+
+
+@contextmanager
+def _damage(path: Path, format: Format) -> Iterator[None]:
+    """Damaged bytes make the libraries below raise nearly anything; to the user it is one thing."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        message = f"{path}: damaged or unusual {format.name} data ({reason}); copy or download it again"
+        raise UserError(message) from error
 
 
 def write(store: TrajectoryStore, path: str | Path, format: str) -> Path:

@@ -38,7 +38,7 @@ def is_pickle(path: Path, head: bytes) -> bool:
         try:
             with zipfile.ZipFile(path) as archive:
                 return any(name.endswith(".pkl") for name in archive.namelist())
-        except zipfile.BadZipFile:
+        except Exception:  # a damaged archive can raise nearly anything; its reader will name the damage
             return False
     known = (b"\x89HDF\r\n\x1a\n", b"\x93NUMPY", b"PAR1")
     return path.suffix.lower() in _PICKLED and not head.startswith(known)

@@ -75,7 +75,7 @@ def read(path: Path, options: Options) -> TrajectoryStore:
         if skipped:
             metadata["not_read"] = skipped
         attributes = dict(file.attrs)
-        for key in ("env", "env_name"):
+        for key in ("env", "env_name", "task"):
             if isinstance(attributes.get(key), str):
                 metadata["env"] = attributes[key]
         dt = attributes.get("dt")
@@ -118,6 +118,8 @@ def write(store: TrajectoryStore, path: Path) -> None:
                 file[name] = array
         if store.dt is not None:
             file.attrs["dt"] = store.dt
+        if "env" in store.metadata:
+            file.attrs["env"] = store.metadata["env"]
         file.attrs["names"] = json.dumps(store.names)
 
 
