@@ -13,7 +13,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -117,7 +116,7 @@ class Layout:
 
     def observation(self) -> np.dtype:
         keys = [(f"x:{k}", "f4" if len(s) == 1 else "u1", tuple(s)) for k, s in self.shapes.items()]
-        meta = [("stamp", "f8"), ("due", "f8"), ("episode", "i8"), ("first", "i8")]
+        meta = [("stamp", "f8"), ("due", "f8"), ("episode", "i8"), ("first", "i8"), ("began", "f8")]
         return np.dtype([*meta, ("expected", "f4", tuple(self.shapes["state"])), *keys], align=True)
 
     def chunk(self) -> np.dtype:
@@ -145,13 +144,20 @@ class Channel:
         self.ready, self.stop, self.heartbeat = self.header["ready"], self.header["stop"], self.header["heartbeat"]
 
     def publish(
-        self, stamp: float, due: float, episode: int, first: int, expected: np.ndarray, arrays: Mapping[str, np.ndarray]
+        self,
+        stamp: float,
+        due: float,
+        episode: int,
+        first: int,
+        began: float,
+        expected: np.ndarray,
+        arrays: Mapping[str, np.ndarray],
     ) -> None:
-        """Write one observation (arrays with leading axis 1); `first`: index of its episode's first observation."""
+        """Write one observation (arrays with leading axis 1); first, began: index and due of its episode's first."""
         i = int(self.count[0]) % self.layout.depth
         fields = self.fields
         fields["stamp"][i], fields["due"][i], fields["episode"][i], fields["first"][i] = stamp, due, episode, first
-        fields["expected"][i] = expected
+        fields["began"][i], fields["expected"][i] = began, expected
         for key, value in arrays.items():
             fields[f"x:{key}"][i] = value[0]
         _fence()
@@ -176,8 +182,7 @@ class Channel:
             rows = np.array(wanted) % self.layout.depth
             arrays = {key: self.fields[f"x:{key}"][rows][None] for key in self.layout.shapes}
             last = rows[-1]
-            meta = {key: self.fields[key][last].copy() for key in ("stamp", "due", "episode", "first", "expected")}
-            meta["index"] = newest
+            meta = {key: self.fields[key][last].copy() for key in ("stamp", "due", "episode", "began", "expected")}
             _fence()
             if int(self.count[0]) - wanted[0] < self.layout.depth:  # else the writer came round while we copied
                 return arrays, meta
@@ -253,7 +258,8 @@ class Decider:
         replan = self.controller.replan_every * self.pace.step_seconds if self.pace.replan is None else self.pace.replan
         references, dt, start, error, lasts = None, 0.0, 0.0, "", replan
         try:
-            chunk = self.controller.act(arrays, (meta["index"] - int(meta["first"])) // self.pace.stride)
+            step = round((due - float(meta["began"])) / self.pace.step_seconds)
+            chunk = self.controller.act(arrays, step)
             references, dt, start = np.asarray(chunk.references, dtype=np.float32), float(chunk.dt), float(chunk.start)
             if references.ndim != 3 or len(references) != 1 or references.size == 0:
                 raise ValueError(f"chunk has shape {references.shape}; right is (1, T, R)")
@@ -288,14 +294,15 @@ class _Publisher:
     channel: Channel
     _seen = 0
     _first = 0
+    _began = 0.0
     _episode: int | None = None
 
     def publish(
         self, stamp: float, due: float, episode: int, expected: np.ndarray, arrays: Mapping[str, np.ndarray]
     ) -> None:
         if episode != self._episode:
-            self._episode, self._first = episode, int(self.channel.count[0])
-        self.channel.publish(stamp, due, episode, self._first, expected, arrays)
+            self._episode, self._first, self._began = episode, int(self.channel.count[0]), due
+        self.channel.publish(stamp, due, episode, self._first, self._began, expected, arrays)
 
     def latest(self) -> Decision | None:
         decision, self._seen = self.channel.decision(self._seen)
@@ -360,8 +367,9 @@ class InlineInference(_Publisher):
 class InferenceProcess(_Publisher):
     """A spawned process that makes its controller with `factory` and answers through shared memory.
 
-    stall_seconds: a decision that takes longer counts as a fault. threads: for the numerical libraries of that process.
-    niceness: added there, so that the control loop goes first. Raises UserError when the controller cannot be made.
+    stall_seconds: a decision that takes longer counts as a fault. threads: of the numerical libraries there, unless the
+    factory sets its own. niceness: added there, so that the control loop goes first. Raises UserError when the
+    controller cannot be made.
     """
 
     def __init__(
@@ -371,7 +379,7 @@ class InferenceProcess(_Publisher):
         stall_seconds: float = 10.0,
         startup_seconds: float = 180.0,
         threads: int = 1,
-        niceness: int = 10,
+        niceness: int = 5,
     ) -> None:
         self.factory, self.stall_seconds, self.startup_seconds = factory, stall_seconds, startup_seconds
         self.threads, self.niceness = threads, niceness
@@ -398,7 +406,7 @@ class InferenceProcess(_Publisher):
     def _spawn(self) -> Hello:
         """Start the process and hear what its controller is like."""
         self._pipe, theirs = self._context.Pipe()
-        arguments = (self.factory, theirs, os.getpid(), self.threads, self.niceness)
+        arguments = (self.factory, theirs, os.getpid(), self.niceness)
         self._process = self._context.Process(target=_serve, args=arguments, daemon=True, name="pilotwave-inference")
         # read when numerical libraries load, which may be before the first line of _serve
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.threads))
@@ -496,15 +504,13 @@ class InferenceProcess(_Publisher):
             self._memory = None
 
 
-def _serve(factory: Factory, pipe: Connection, parent: int, threads: int, niceness: int) -> None:
+def _serve(factory: Factory, pipe: Connection, parent: int, niceness: int) -> None:
     """The inference process."""
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches the whole group; the loop decides when we stop
         signal.signal(number, signal.SIG_IGN)
     os.nice(niceness)
     try:
         controller = factory()
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(threads)
         pipe.send(
             ("hello", Hello(controller.history, controller.replan_every, controller.evaluations, controller.tracker))
         )

@@ -321,7 +321,7 @@ def test_a_robot_that_sends_something_else_is_reported():
     assert report.violations > 100
 
 
-@hypothesis_settings(max_examples=15, deadline=None)
+@hypothesis_settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_whatever_goes_wrong_commands_stay_allowed(seed):
     rng = np.random.default_rng(seed)
@@ -399,7 +399,7 @@ def test_memory_does_not_grow():
 
     def watch(t, observation, reference, command):
         k = round(t * 1000)
-        if k in (500, 2000):
+        if k in (400, 1200):
             gc.collect()
             sizes[k] = tracemalloc.get_traced_memory()[0]
 
@@ -412,10 +412,10 @@ def test_memory_does_not_grow():
     try:
         controller = Constant([0.1, 0.1], replan_every=10)
         controller.calls = type("Nothing", (list,), {"append": lambda self, x: None})()
-        run(controller, robot=Quiet(clock.now), clock=clock, frequency=1000.0, seconds=2.1, on_tick=watch)
+        run(controller, robot=Quiet(clock.now), clock=clock, frequency=1000.0, seconds=1.3, on_tick=watch)
     finally:
         tracemalloc.stop()
-    assert sizes[2000] - sizes[500] < 10_000  # 1,500 ticks, 150 chunks
+    assert sizes[1200] - sizes[400] < 10_000  # 800 ticks, 80 chunks
 
 
 def test_samples_keep_percentiles_and_maximum():
@@ -470,7 +470,7 @@ def test_readers_never_see_half_an_observation():
         while not stop.is_set():
             k += 1
             state, image = np.full((1, 64), k, np.float32), np.full((1, 32, 32, 3), k % 251, np.uint8)
-            channel.publish(float(k), float(k), 0, 0, state[0], {"state": state, "camera": image})
+            channel.publish(float(k), float(k), 0, 0, 0.0, state[0], {"state": state, "camera": image})
 
     writer = threading.Thread(target=write)
     writer.start()
