@@ -57,6 +57,7 @@ class Diffuser(Algorithm):
     """
 
     kind, name = "planner", "diffuser"
+    longest_step: Tensor
 
     def __init__(self, spec: DataSpec, config: Mapping[str, Any]) -> None:
         super().__init__(spec, config)
@@ -75,6 +76,8 @@ class Diffuser(Algorithm):
         )
         schedule = NoiseSchedule.from_config(**config["schedule"])
         self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"])
+        # how far the goal features move from token to token in the data, in the task's units
+        self.register_buffer("longest_step", torch.tensor(float("inf")))
         self.value_config: dict[str, Any] = dict(config.get("value") or {})
         if self.value_config:
             value = dict(self.value_config["network"])
@@ -87,6 +90,16 @@ class Diffuser(Algorithm):
     def prepare(self, store: TrajectoryStore) -> None:
         columns = {key: store.columns[key] for key in ("observation", "action")}
         self.normalizer = Normalizer.fit(columns, self.config["normalizer"])
+        if self.spec.goal_dim:
+            self.longest_step.fill_(self._longest_step(store))
+
+    def _longest_step(self, store: TrajectoryStore) -> float:
+        """The distance that 999 of 1000 recorded steps of one token stay below."""
+        place = store.columns["observation"][:, : self.spec.goal_dim]
+        episode = np.repeat(np.arange(store.episodes), store.lengths)
+        same = episode[self.stride :] == episode[: -self.stride]
+        moved = np.linalg.norm(place[self.stride :] - place[: -self.stride], axis=1)[same]
+        return float(np.quantile(moved, 0.999)) if len(moved) else float("inf")
 
     def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
         columns = ["observation", "action"]
@@ -228,9 +241,9 @@ class Diffuser(Algorithm):
             candidates = torch.tensor(self.arrivals.candidates(self.H, samples), device=device)
             arrival = candidates[torch.arange(len(o), device=device) % samples % len(candidates)]
         x = self.sample_plans(o, g, arrival, self.table(sampler), generator)
-        values = self._values(x, o, g, arrival)
         b = len(observation)
         observations = self.normalizer.denormalize("observation", x[..., : self.spec.observation_dim])
+        values = self._values(x, observations, arrival)
         if arrival is not None:
             observations = self._stay(observations, arrival)
         actions = None
@@ -243,7 +256,8 @@ class Diffuser(Algorithm):
             ordered = part[rows].view(b, samples, *part.shape[1:]).cpu().numpy()
             return ordered[0] if single else ordered
 
-        return Plan(best_first(observations), None if actions is None else best_first(actions), best_first(values))
+        parts = [None if part is None else best_first(part) for part in (actions, arrival)]
+        return Plan(best_first(observations), parts[0], best_first(values), parts[1])
 
     def _stay(self, observations: Tensor, arrival: Tensor) -> Tensor:
         """After the arrival a plan stays where it arrived, at rest (features past the goal's are zero)."""
@@ -252,15 +266,18 @@ class Diffuser(Algorithm):
         at[:, self.spec.goal_dim :] = 0
         return torch.where((token > arrival[:, None])[..., None], at[:, None], observations)
 
-    def _values(self, x: Tensor, o: Tensor, g: Tensor | None, arrival: Tensor | None) -> Tensor:
-        """(B,): the value network's estimate, or without one minus the arrival token and the surprise."""
+    def _values(self, x: Tensor, observations: Tensor, arrival: Tensor | None) -> Tensor:
+        """(B,): the value network's estimate, or without one minus the arrival token, the surprise and any haste."""
         if self.value_config:
             with torch.no_grad():
                 return self._value(x, torch.zeros((), device=x.device))
         surprise = self.surprise(x, arrival)
         if arrival is None:
             return -surprise
-        return -(arrival / self.H) - float(self.config["surprise_weight"]) * surprise
+        moved = observations[..., : self.spec.goal_dim].diff(dim=1).norm(dim=-1)
+        until = torch.arange(1, self.H, device=x.device) <= arrival[:, None]
+        haste = ((moved * until).amax(dim=1) / self.longest_step - 1).clamp_min(0)
+        return -(arrival / self.H) - float(self.config["surprise_weight"]) * (surprise + haste)
 
     @torch.no_grad()
     def surprise(self, x: Tensor, arrival: Tensor | None) -> Tensor:
