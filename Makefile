@@ -38,7 +38,8 @@ demo: setup
 	$(BIN)/pilotwave demo out=demo
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/training_throughput.py
+	$(BIN)/python benchmarks/control_loop.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo

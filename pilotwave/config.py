@@ -54,6 +54,13 @@ def groups() -> dict[str, tuple[str, ...]]:
     return found
 
 
+def summary(group: str, name: str) -> str:
+    """What a packaged option is, as the first comment in its file says."""
+    lines = files("configs").joinpath(group, f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comments = [line.removeprefix("# ") for line in lines if line.startswith("# ") and "@package" not in line]
+    return comments[0] if comments else ""
+
+
 @cache
 def primary(command: str) -> dict[str, Any]:
     """A command's own file in `configs`, before composition."""

@@ -1,6 +1,8 @@
 """The command line: help, lists, composition by Hydra, and errors of one line."""
 
+import errno
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -40,12 +42,12 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"pilotwave {__version__}\n"
 
 
-def test_tasks_lists_every_option_of_every_group(capsys):
+def test_tasks_lists_every_option_of_every_group_and_what_it_is(capsys):
     assert main(["tasks"]) == 0
     text = capsys.readouterr().out
     for group, names in groups().items():
         for name in names:
-            assert name == "none" or f"{group}={name}" in text
+            assert name == "none" or re.search(rf"\n {group}={re.escape(name)} +\w", text)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["tasks"], ["rollout", "nowhere"]])
@@ -218,6 +220,38 @@ def test_a_users_planner_trains_and_rolls_out_by_the_same_commands(tmp_path, mon
     assert json.loads((tmp_path / "out.json").read_text())["evaluations"] == 0
     capsys.readouterr()
     assert "did you mean 'controller.gain'" in error_of(capsys, "rollout", "run", *few, "controller.gian=2.0")
+
+
+def test_a_maze_of_the_users_own_stays_with_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zigzag.txt").write_text("######\n#OO###\n##OOG#\n######\n")
+    small = ["planner.horizon=8", "planner.network.width=16", "planner.network.depth=1", "planner.network.heads=2"]
+    assert main(["collect", "task=zigzag.txt", "steps=300", "out=data.hdf5"]) == 0
+    assert "task=zigzag.txt" in capsys.readouterr().out
+    training = ["task=zigzag.txt", "data=data.hdf5", "out=run", *small, "train.steps=1", "train.batch=2"]
+    assert main(["train", "planner=diffuser", *training]) == 0
+    (tmp_path / "zigzag.txt").unlink()
+    few = ["episodes=1", "horizon=5", "timing_decisions=0", "sampler.steps=1", "json=out.json"]
+    assert main(["rollout", "run", "task.goal=fixed", *few]) == 0
+    metrics = json.loads((tmp_path / "out.json").read_text())
+    assert metrics["task_options"]["maze"][2] == "##OOG#"
+    assert (metrics["task_options"]["goal"], metrics["evaluations"]) == ("fixed", 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a/model"), "runs/a/model: the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "out.json"), "out.json: no permission"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_the_systems_own_errors_get_one_line(capsys, monkeypatch, error, expected):
+    def fail(overrides):
+        raise error
+
+    monkeypatch.setattr("pilotwave.commands.tasks.run", fail)
+    assert expected in error_of(capsys, "tasks")
 
 
 def test_a_runs_own_file_imports_nothing(tmp_path, capsys):

@@ -66,7 +66,7 @@ def test_it_lists_the_tasks_from_another_folder(installed, tmp_path):
     assert Path(where).is_relative_to(installed.parent.parent)
 
 
-def test_it_collects_trains_and_rolls_out_from_another_folder(installed, tmp_path):
+def test_it_collects_trains_rolls_out_and_drives_from_another_folder(installed, tmp_path):
     task = "task=pointmaze-umaze"
     run(installed, "collect", task, "steps=2000", "out=data/umaze.hdf5", cwd=tmp_path)
     small = ["planner.horizon=8", "planner.network.width=16", "planner.network.depth=1", "planner.network.heads=2"]
@@ -78,4 +78,10 @@ def test_it_collects_trains_and_rolls_out_from_another_folder(installed, tmp_pat
     metrics = json.loads((tmp_path / "out.json").read_text())
     assert metrics["episodes"] == 2
     assert metrics["evaluations"] == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out.json", "runs"]
+    drive = ["robot=mujoco", "policy=runs/umaze", "task.goal=chain", "seconds=0.5", "sampler.steps=1"]
+    run(installed, "deploy", *drive, "json=drive.json", "video=drive.mp4", cwd=tmp_path)
+    report = json.loads((tmp_path / "drive.json").read_text())
+    assert (report["ended"], report["faults"], report["violations"]) == ("time", 0, 0)
+    assert report["period_ms"]["p50"] > 0
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["data", "drive.json", "drive.mp4", "out.json", "runs"]

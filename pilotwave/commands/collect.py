@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pilotwave.config import compose
 from pilotwave.console import metrics_table, progress, writable
 from pilotwave.errors import UserError
-from pilotwave.runs import task_options
+from pilotwave.runs import given, task_options
 
 
 def run(overrides: Sequence[str]) -> None:
@@ -23,4 +23,4 @@ def run(overrides: Sequence[str]) -> None:
 
     facts = collect(make(name, **options), cfg.steps, out, cfg.seed, progress("collecting"), noise=cfg.noise)
     metrics_table(facts, str(out))
-    print(f"train on it: pilotwave train planner=diffuser task={cfg.task.name} data={out}")
+    print(f"train on it: pilotwave train planner=diffuser task={given(overrides, 'task')} data={out}")
