@@ -1,8 +1,7 @@
-"""The demo's report: one HTML page with a picture, the videos, the figures and the commands that made them."""
+"""The demo's report: one Markdown page with the figures, a picture, the videos and the commands that made them."""
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,47 +9,33 @@ from typing import Any
 
 from pilotwave.console import show
 
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "td{padding:.1rem 1.5rem .1rem 0}pre{background:#f4f4f2;padding:.6rem;overflow-x:auto}video,img{max-width:100%}"
-)
+# By command: what it leaves in the folder to look at, and which of its figures are shown.
+_MEDIA = {
+    "train": "![loss over the steps, and steps to the goal](training.png)",
+    "rollout": "[rollout.mp4](rollout.mp4): four episodes, the plan drawn in orange",
+    "deploy": "[drive.mp4](drive.mp4): the drive, a new goal each time one is reached",
+}
 _SHOWN = {
     "rollout": ("success_rate", "first_reach_steps_mean", "return_mean", "episodes", "evaluations", "decision_ms"),
     "deploy": ("success_rate", "episodes", "period_ms", "missed_deadlines", "violations", "faults", "latency_ms"),
 }
 
 
-def write_report(
-    out: Path,
-    commands: Mapping[str, str],
-    took: Mapping[str, float],
-    rollout: Mapping[str, Any],
-    drive: Mapping[str, Any],
-) -> None:
-    """Write report.html and training.png into `out`, which holds run/metrics.jsonl and the videos.
+def write_report(out: Path, commands: Mapping[str, str], took: Mapping[str, float], rollout: Mapping[str, Any]) -> None:
+    """Write report.md and training.png into `out`, which holds the run, drive.json and the videos.
 
-    commands and took (seconds) are by command; rollout and drive are the metrics that those commands wrote.
+    commands and took (seconds) are by command; rollout holds the metrics of the roll-outs.
     """
     _draw(out, rollout)
-    figures = {"rollout": rollout, "deploy": drive}
-    media = {"train": '<img src="training.png">'}
-    media |= {name: f'<video src="{file}.mp4" controls loop muted></video>' for name, file in _VIDEOS.items()}
-    sections = []
-    for name, line in commands.items():
-        rows = "".join(
-            f"<tr><td>{html.escape(key.replace('_', ' '))}<td>{html.escape(show(figures[name].get(key)))}"
-            for key in _SHOWN.get(name, ())
-        )
-        sections.append(
-            f"<h2>{name} <small>({took[name]:.0f} s)</small></h2><pre>{html.escape(line)}</pre>"
-            f"{media.get(name, '')}<table>{rows}</table>"
-        )
-    head = f'<!doctype html><meta charset="utf-8"><title>Pilotwave demo</title><style>{_STYLE}</style>'
-    title = f"<h1>Pilotwave: {rollout['success_rate']:.0%} of {rollout['episodes']} random goals reached</h1>"
-    (out / "report.html").write_text(head + title + "".join(sections) + "\n", encoding="utf-8")
-
-
-_VIDEOS = {"rollout": "rollout", "deploy": "drive"}
+    figures = {"rollout": rollout, "deploy": json.loads((out / "drive.json").read_text(encoding="utf-8"))}
+    lines = [f"# Pilotwave: {rollout['success_rate']:.0%} of {rollout['episodes']} random goals reached", ""]
+    for name, command in commands.items():
+        lines += [f"## {name} ({took[name]:.0f} s)", "", "```sh", command, "```", ""]
+        lines += [_MEDIA[name], ""] if name in _MEDIA else []
+        if name in _SHOWN:
+            rows = [f"| {key.replace('_', ' ')} | {show(figures[name].get(key))} |" for key in _SHOWN[name]]
+            lines += ["| figure | value |", "| --- | --- |", *rows, ""]
+    (out / "report.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _draw(out: Path, rollout: Mapping[str, Any]) -> None:
