@@ -10,7 +10,7 @@ import numpy as np
 @dataclass
 class Plan:
     """Plans in the task's units, best first: observations (samples, H, Do), actions (samples, H, Da) or None, values
-    (samples,); with a leading batch axis when planned for a batch. arrivals (samples,): the token that reaches the goal,
+    (samples,); with a leading batch axis when planned for a batch. arrivals (samples,): the token reaching the goal,
     where there is one.
     """
 

@@ -55,7 +55,7 @@ def make_controller(overrides: list[str], plugins: list[str]) -> Any:
 
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # a core is left for the loop
+    torch.set_num_threads(max(1, min(4, (os.cpu_count() or 2) - 1)))  # a core is left for the loop
     learned = load(folder, ("planner", "policy"), device=cfg.device)
     return controller(learned, task_of(cfg, folder).spec, cfg)
 
