@@ -36,7 +36,7 @@ DEMONSTRATOR = "the demonstrator {} on the same goal; Diffuser {}, Hierarchical 
 
 def maze(size: str, *scores: str) -> list[Result]:
     """The rows of one maze: random goals, D4RL's goal, and the diffused actions in place of the PD law."""
-    run = f"pilotwave rollout checkpoints/pointmaze-{size}-diffuser episodes=200 seed=0"
+    run = f"pilotwave rollout checkpoints/pointmaze-{size}-diffuser episodes=200 seed=0 num_envs=100"
     return [
         Result(f"pointmaze-{size}, random starts and goals", run, SUCCESS),
         Result(f"pointmaze-{size}, D4RL's goal", f"{run} task.goal=fixed", FIXED, DEMONSTRATOR.format(*scores)),
