@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -55,10 +56,10 @@ def groups() -> dict[str, tuple[str, ...]]:
 
 
 def summary(group: str, name: str) -> str:
-    """What a packaged option is, as the first comment in its file says."""
+    """What a packaged option is: the first sentence of the first comment in its file."""
     lines = files("configs").joinpath(group, f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     comments = [line.removeprefix("# ") for line in lines if line.startswith("# ") and "@package" not in line]
-    return comments[0] if comments else ""
+    return re.split(r"(?<=\.) (?=[A-Z])", comments[0])[0] if comments else ""
 
 
 @cache
