@@ -7,8 +7,8 @@ With observations o_1..o_To (the last one is now), a chunk of T actions whose fi
 and actions To - 1 ... To - 2 + Ta of it are executed before the next decision (receding horizon, section 2.3).
 
 Where the last K actions are known too (`past_actions`), the chunk holds the T actions from now on, as differences from
-the last known one, and a history is given as its latest entry and the differences of the earlier ones from it. It
-suits recordings at a high rate, where an action is close to the one before.
+the last known one, and a history is given as its latest entry and the steps that led to it. It suits recordings at a
+high rate, where an action is close to the one before.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 _FITTED = 10_000  # windows that the normalizer of differences is fitted to
 
 
-def _latest(history: Tensor) -> Tensor:
-    """(B, K, F) -> (B, K F): the differences of the first K - 1 entries from the last, and the last."""
-    return torch.cat([history[:, :-1] - history[:, -1:], history[:, -1:]], dim=1).flatten(1)
+def _steps(history: Tensor) -> Tensor:
+    """(B, K, F) -> (B, K F): the K - 1 steps from one entry to the next, which vary far less alike, and the last."""
+    return torch.cat([history.diff(dim=1), history[:, -1:]], dim=1).flatten(1)
 
 
 @register
@@ -128,7 +128,7 @@ class DiffusionPolicy(Algorithm):
         past = action[:, self.now - self.past : self.now]
         chunk = action[:, self.now :] - past[:, -1:]
         observation = observation[:, self.now - self.To + 1 : self.now + 1]
-        return {"observation": _latest(observation), "past": _latest(past), "action": chunk.flatten(1)}
+        return {"observation": _steps(observation), "past": _steps(past), "action": chunk.flatten(1)}
 
     def condition(self, known: Tensor, images: Mapping[str, Tensor]) -> Tensor:
         """Normalized histories (B, ...) and images (B, To, height, width, 3) -> (B, condition)."""
@@ -166,7 +166,7 @@ class DiffusionPolicy(Algorithm):
         observation, normalizer = history["observation"], self.normalizer
         if self.past:
             past = history["action"]
-            parts = {"observation": _latest(observation), "past": _latest(past)}
+            parts = {"observation": _steps(observation), "past": _steps(past)}
             known = torch.cat([normalizer.normalize(key, value) for key, value in parts.items()], dim=-1)
         else:
             known = normalizer.normalize("observation", observation)
