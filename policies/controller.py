@@ -14,6 +14,7 @@ from robots import Chunk, DirectTracker
 class PolicyController:
     """Receding-horizon control: one chunk every `replan_every` steps, held action by action.
 
+    Where the policy knows past actions, they are those of the chunks before; an episode starts with `policy.start`.
     Samples are reproducible: the noise of an episode batch comes from `seed` and the number of the decision.
     """
 
@@ -27,6 +28,9 @@ class PolicyController:
 
     def reset(self, n: int) -> None:
         """Nothing is carried from one episode to the next but the noise stream."""
+        if self.policy.past:
+            self.taken = self.policy.start.expand(n, self.policy.past, -1)
+            self.chunk, self.decided = self.taken[:, -1:], 0
 
     def act(self, history: Mapping[str, np.ndarray], step: int) -> Chunk:
         """history: "state" (n, To, Do) and images (n, To, height, width, 3) -> n chunks of Ta actions."""
@@ -34,5 +38,10 @@ class PolicyController:
         tensors["observation"] = tensors.pop("state").float()
         device = next(self.policy.parameters()).device
         tensors = {key: value.to(device) for key, value in tensors.items()}
+        if self.policy.past:
+            since = torch.arange(step - self.decided, device=device).clamp(max=self.chunk.shape[1] - 1)
+            self.taken = torch.cat([self.taken, self.chunk[:, since]], dim=1)[:, -self.policy.past :]
+            tensors["action"] = self.taken
         actions = self.policy.sample_actions(tensors, self.table, self.generator)
+        self.chunk, self.decided = actions, step
         return Chunk(actions.cpu().numpy(), dt=self.dt)

@@ -5,11 +5,15 @@ With observations o_1..o_To (the last one is now), a chunk of T actions whose fi
     a_0 = D(a_t, t | o)         Chi et al. 2023, eqs. 1 to 4, with any schedule, prediction and solver
 
 and actions To - 1 ... To - 2 + Ta of it are executed before the next decision (receding horizon, section 2.3).
+
+Where the last K actions are known too (`past_actions`), the chunk holds the T actions from now on, as differences from
+the last known one, and a history is given as its latest entry and the steps that led to it. It suits recordings at a
+high rate, where an action is close to the one before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,12 +29,20 @@ from policies.controller import PolicyController
 if TYPE_CHECKING:
     from offline.store import TrajectoryStore
 
+_FITTED = 10_000  # windows that the normalizer of differences is fitted to
+
+
+def _steps(history: Tensor) -> Tensor:
+    """(B, K, F) -> (B, K F): the K - 1 steps from one entry to the next, which vary far less alike, and the last."""
+    return torch.cat([history.diff(dim=1), history[:, -1:]], dim=1).flatten(1)
+
 
 @register
 class DiffusionPolicy(Algorithm):
-    """Config (configs/policy/diffusion_policy.yaml): observations To, horizon T, execute Ta, speed, schedule,
-    prediction, weighting, network, image_encoder, normalizer, sampler.
+    """Config (configs/policy/diffusion_policy.yaml): observations To, past_actions K, horizon T, execute Ta, speed,
+    schedule, prediction, weighting, network, image_encoder, normalizer, sampler.
 
+    `past_actions` K is 0 where a policy sees observations alone; what it did before is then no shortcut for it to take.
     `speed` s trains on the demonstrations carried out s times as fast.
     """
 
@@ -39,25 +51,44 @@ class DiffusionPolicy(Algorithm):
     def __init__(self, spec: DataSpec, config: Mapping[str, Any]) -> None:
         super().__init__(spec, config)
         self.To, self.T, self.Ta = int(config["observations"]), int(config["horizon"]), int(config["execute"])
-        if min(self.To, self.T, self.Ta) < 1 or self.To - 1 + self.Ta > self.T:
+        self.past = int(config.get("past_actions", 0))
+        self.first = 0 if self.past else self.To - 1  # the place of now's action in the chunk
+        self.now = max(self.To - 1, self.past)  # the place of now in a window
+        self.window = self.now - self.first + self.T
+        if min(self.To, self.T, self.Ta) < 1 or self.past < 0 or self.first + self.Ta > self.T:
             raise UserError(
-                f"a horizon of {self.T} cannot hold {self.To - 1} past and {self.Ta} executed actions; "
-                "make policy.horizon at least policy.observations - 1 + policy.execute, each at least 1"
+                f"a horizon of {self.T} cannot hold {self.first} past and {self.Ta} executed actions; make "
+                "policy.horizon at least policy.execute, and policy.observations - 1 more where policy.past_actions=0"
             )
         self.layout = Layout(action=spec.action_dim)
-        self.normalizer = Normalizer.from_shapes({"observation": spec.observation_dim, "action": spec.action_dim})
+        self.normalizer = Normalizer.from_shapes(self._groups())
+        if self.past:
+            self.register_buffer("start", torch.zeros(spec.action_dim))  # what stands before an episode's first action
         self.encoders = nn.ModuleDict({key: ImageEncoder(**config["image_encoder"]) for key in spec.images})
         image_dim = len(self.encoders) * 2 * int(config["image_encoder"].get("keypoints", 32))
-        condition_dim = self.To * (spec.observation_dim + image_dim)
+        condition_dim = self.To * (spec.observation_dim + image_dim) + self.past * spec.action_dim
         network = build_network(
             features=spec.action_dim, horizon=self.T, groups=1, condition_dim=condition_dim, **config["network"]
         )
         schedule = NoiseSchedule.from_config(**config["schedule"])
         self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"])
 
+    def _groups(self) -> dict[str, int]:
+        """The normalizer's groups: of one step, or of whole histories and chunks where they are differences."""
+        Do, Da = self.spec.observation_dim, self.spec.action_dim
+        if not self.past:
+            return {"observation": Do, "action": Da}
+        return {"observation": self.To * Do, "past": self.past * Da, "action": self.T * Da}
+
     def prepare(self, store: TrajectoryStore) -> None:
         columns = {key: store.columns[key] for key in ("observation", "action")}
         columns["action"] = self._clip(columns["action"])
+        if self.past:
+            windows = self.recorded(store, "cpu", ())
+            stride = max(1, len(windows) // _FITTED)
+            batch = windows.gather(torch.arange(0, len(windows), stride))
+            columns = self._differences(batch["observation"], batch["action"])
+            self.start.copy_(torch.as_tensor(self._clip(store.columns["action"][store.starts]).mean(0)))
         self.normalizer = Normalizer.fit(columns, self.config["normalizer"])
 
     def _clip(self, actions: np.ndarray) -> np.ndarray:
@@ -67,58 +98,89 @@ class DiffusionPolicy(Algorithm):
         low, high = (np.asarray(limit, np.float32) for limit in (self.spec.action_low, self.spec.action_high))
         return np.clip(actions, low, high)
 
-    def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
+    def recorded(
+        self, store: TrajectoryStore, device: torch.device | str, images: Iterable[str], pad_after: int | None = None
+    ) -> Windows:
+        """Windows in the data's units, at `speed`, actions as carried out; `now` is a window's place of now."""
         store = retime(store, float(self.config["speed"]))
-        columns = ["observation", "action", *self.spec.images]
         windows = Windows(
             store,
-            self.T,
-            columns=columns,
-            pad_before=self.To - 1,
-            pad_after=self.Ta - 1,
+            self.window,
+            columns=["observation", "action", *images],
+            pad_before=self.now,
+            pad_after=self.Ta - 1 if pad_after is None else pad_after,
             device=device,
         )
-        normalizer = self.normalizer.to(device)
-        clipped = torch.as_tensor(self._clip(store.columns["action"]), dtype=torch.float32, device=device)
-        windows.columns["action"] = normalizer.normalize("action", clipped)
-        windows.columns["observation"] = normalizer.normalize("observation", windows.columns["observation"])
+        clipped = self._clip(store.columns["action"])
+        windows.columns["action"] = torch.as_tensor(clipped, dtype=torch.float32, device=device)
         return windows
 
-    def condition(self, observation: Tensor, images: Mapping[str, Tensor]) -> Tensor:
-        """Normalized observations (B, To, Do) and images (B, To, height, width, 3) -> (B, condition)."""
-        parts = [observation.flatten(1)]
+    def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
+        windows = self.recorded(store, device, self.spec.images)
+        if not self.past:  # differences are normalized when they are taken
+            normalizer = self.normalizer.to(device)
+            for group in ("observation", "action"):
+                windows.columns[group] = normalizer.normalize(group, windows.columns[group])
+        return windows
+
+    def _differences(self, observation: Tensor, action: Tensor) -> dict[str, Tensor]:
+        """The normalizer's groups from windows of observations (B, W, Do) and actions (B, W, Da)."""
+        past = action[:, self.now - self.past : self.now]
+        chunk = action[:, self.now :] - past[:, -1:]
+        observation = observation[:, self.now - self.To + 1 : self.now + 1]
+        return {"observation": _steps(observation), "past": _steps(past), "action": chunk.flatten(1)}
+
+    def condition(self, known: Tensor, images: Mapping[str, Tensor]) -> Tensor:
+        """Normalized histories (B, ...) and images (B, To, height, width, 3) -> (B, condition)."""
+        parts = [known.flatten(1)]
         for key, encoder in self.encoders.items():
             image = images[key]
             parts.append(encoder(image.flatten(0, 1)).unflatten(0, image.shape[:2]).flatten(1))
-        return torch.cat([part.to(observation.dtype) for part in parts], dim=-1)
+        return torch.cat([part.to(known.dtype) for part in parts], dim=-1)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        observation = batch["observation"][:, : self.To]
+        known, chunk = batch["observation"][:, : self.To], batch["action"]
+        if self.past:
+            groups = self.normalizer(self._differences(batch["observation"], batch["action"]))
+            known = torch.cat([groups["observation"], groups["past"]], dim=-1)
+            chunk = groups["action"].unflatten(1, (self.T, -1))
         noise = float(self.config.get("observation_noise", 0.0))
         if noise:
-            shape, device = observation.shape, observation.device
-            observation = observation + noise * torch.randn(shape, generator=generator, device=device)
-        images = {key: batch[key][:, : self.To] for key in self.encoders}
-        loss = self.denoiser.loss(
-            batch["action"],
-            generator,
-            condition=self.condition(observation, images),
-            weighting=self.config["weighting"],
-        )
+            known = known + noise * torch.randn(known.shape, generator=generator, device=known.device)
+        images = {key: batch[key][:, self.now - self.To + 1 : self.now + 1] for key in self.encoders}
+        condition = self.condition(known, images)
+        loss = self.denoiser.loss(chunk, generator, condition=condition, weighting=self.config["weighting"])
         return loss, {"loss": loss.detach()}
 
     @torch.no_grad()
     def sample_actions(
-        self, history: Mapping[str, Tensor], table: Any, generator: torch.Generator | None = None
+        self,
+        history: Mapping[str, Tensor],
+        table: Any,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
-        """history: "observation" (B, To, Do) in the task's units, images (B, To, ...) -> actions (B, Ta, Da)."""
-        observation = self.normalizer.normalize("observation", history["observation"])
-        condition = self.condition(observation, history)
+        """history: "observation" (B, To, Do) in the task's units, images (B, To, ...) and, where the policy knows past
+        actions, "action" (B, K, Da), the last ones taken -> actions (B, Ta, Da). `noise` (B, T, Da) in place of a draw.
+        """
+        observation, normalizer = history["observation"], self.normalizer
+        if self.past:
+            past = history["action"]
+            parts = {"observation": _steps(observation), "past": _steps(past)}
+            known = torch.cat([normalizer.normalize(key, value) for key, value in parts.items()], dim=-1)
+        else:
+            known = normalizer.normalize("observation", observation)
+        condition = self.condition(known, history)
         shape = (observation.shape[0], self.T, self.spec.action_dim)
-        x_T = torch.randn(shape, generator=generator, device=observation.device)
-        x_T = x_T * self.denoiser.schedule.sigma(torch.ones((), device=observation.device))
+        if noise is None:
+            noise = torch.randn(shape, generator=generator, device=observation.device)
+        x_T = noise * self.denoiser.schedule.sigma(torch.ones((), device=observation.device))
         x_0 = sample(lambda x, t: self.denoiser(x, t, condition), table, x_T, generator)
-        actions = self.normalizer.denormalize("action", x_0)[:, self.To - 1 : self.To - 1 + self.Ta]
+        if self.past:
+            actions = normalizer.denormalize("action", x_0.flatten(1)).view(shape) + past[:, -1:]
+        else:
+            actions = normalizer.denormalize("action", x_0)
+        actions = actions[:, self.first : self.first + self.Ta]
         if self.spec.action_low:
             low, high = (actions.new_tensor(v) for v in (self.spec.action_low, self.spec.action_high))
             actions = actions.clamp(low, high)
@@ -132,17 +194,22 @@ class DiffusionPolicy(Algorithm):
     def act(
         self, history: np.ndarray | Mapping[str, np.ndarray], generator: torch.Generator | None = None
     ) -> np.ndarray:
-        """(To, Do) -> (Ta, Da), or with a leading batch axis; a mapping adds images beside "observation"."""
+        """(To, Do) -> (Ta, Da), or with a leading batch axis; a mapping adds images beside "observation", and the last
+        K actions taken, "action" (K, Da), where the policy was trained with `past_actions`.
+        """
         arrays = dict(history) if isinstance(history, Mapping) else {"observation": history}
         single = np.ndim(arrays["observation"]) == 2
-        expected = (self.To, self.spec.observation_dim)
-        if np.shape(arrays["observation"])[-2:] != expected:
-            got = np.shape(arrays["observation"])
-            raise UserError(f"history must be (observations, features) = {expected}; got {got}")
+        wanted = {"observation": (self.To, self.spec.observation_dim)}
+        if self.past:
+            wanted["action"] = (self.past, self.spec.action_dim)
+        for key, expected in wanted.items():
+            got = np.shape(arrays.get(key, ()))
+            if got[-2:] != expected:
+                raise UserError(f"history's '{key}' must be (steps, features) = {expected}; got {got}")
         device = next(self.parameters()).device
         tensors = {key: torch.as_tensor(np.asarray(value), device=device) for key, value in arrays.items()}
         tensors = {key: value[None] if single else value for key, value in tensors.items()}
-        tensors["observation"] = tensors["observation"].float()
+        tensors |= {key: tensors[key].float() for key in wanted}
         actions = self.sample_actions(tensors, self.table(), generator).cpu().numpy()
         return actions[0] if single else actions
 

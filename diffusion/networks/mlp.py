@@ -32,7 +32,8 @@ class ResidualBlock(nn.Module):
 class ResidualMLP(nn.Module):
     """(B, H, features), levels (B, H, groups), condition (B, condition_dim) -> (B, H, features).
 
-    Every token's level goes in, so known tokens are told from noisy ones.
+    Every token's level goes in, so known tokens are told from noisy ones. `shortcut` adds a linear map of all inputs to
+    the output: what is linear in them is then learnt at once, and the blocks learn the rest.
     """
 
     def __init__(
@@ -46,24 +47,33 @@ class ResidualMLP(nn.Module):
         expansion: int = 2,
         dropout: float = 0.0,
         level_width: int = 128,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
         self.shape = (horizon, features)
         # the highest level of the chunk as sinusoids, every token's level as it is
         self.level = LevelEmbedding(1, level_width)
-        self.embed = nn.Linear(horizon * features + horizon * groups + condition_dim, width)
+        inputs = horizon * features + horizon * groups + condition_dim
+        self.embed = nn.Linear(inputs, width)
         self.blocks = nn.ModuleList(ResidualBlock(width, expansion, dropout, level_width) for _ in range(depth))
         self.add_level = nn.Linear(level_width, width)
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, horizon * features)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        self.shortcut = nn.Linear(inputs, horizon * features, bias=False) if shortcut else None
+        if self.shortcut is not None:
+            nn.init.zeros_(self.shortcut.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         level = self.level(t.flatten(1).amax(dim=1, keepdim=True))
         parts = [x.flatten(1), t.flatten(1)] + ([] if condition is None else [condition])
-        h = self.embed(torch.cat([part.to(level.dtype) for part in parts], dim=-1)) + self.add_level(level)
+        inputs = torch.cat([part.to(level.dtype) for part in parts], dim=-1)
+        h = self.embed(inputs) + self.add_level(level)
         c = F.silu(level)
         for block in self.blocks:
             h = block(h, c)
-        return self.out(F.gelu(self.norm(h), approximate="tanh")).view(-1, *self.shape)
+        out = self.out(F.gelu(self.norm(h), approximate="tanh"))
+        if self.shortcut is not None:
+            out = out + self.shortcut(inputs)
+        return out.view(-1, *self.shape)

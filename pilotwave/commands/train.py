@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pilotwave.config import compose, plain
-from pilotwave.console import metrics_table, writable, writable_folder, write_json
+from pilotwave.console import metrics_table, table, writable, writable_folder, write_json
 from pilotwave.errors import UserError
 from pilotwave.runs import PACKAGES, provenance, task_options
 
@@ -31,7 +31,7 @@ def run(overrides: Sequence[str]) -> None:
 
     import offline
 
-    importlib.import_module(PACKAGES[kind])  # registers its algorithms
+    package = importlib.import_module(PACKAGES[kind])  # registers its algorithms
     training = offline.TrainConfig.from_dict({"seed": cfg.seed, **plain(cfg.train)})
     facts = task_spec(task, options)
     images = plain(cfg.images) or (list(facts.images) if facts else False)
@@ -44,7 +44,23 @@ def run(overrides: Sequence[str]) -> None:
     card = {**about, "command": shlex.join(["pilotwave", "train", *overrides]), **provenance()}
     metrics = offline.train(algorithm, store, out, training, resume=cfg.resume, full_config=about, card=card)
     metrics_table(metrics, str(out))
+    if training.held_out and hasattr(package, "held_out_error"):
+        parts = store.split(training.held_out, training.seed)
+        report = package.held_out_error(package.load(out, device="auto"), *parts, groups=plain(cfg.groups))
+        offline.update_card(out, held_out=report)
+        held_out_table(report)
+        metrics["held_out"] = report
     write_json(cfg.json, metrics)
+
+
+def held_out_table(report: Mapping[str, Any]) -> None:
+    """Print what a package's `held_out_error` found: a group a row, mean absolute error / root mean square error."""
+    methods = list(next(iter(report["groups"].values())))
+    title = f"error on {report['episodes']} held-out episodes, chunks of {report['chunk']}: mean absolute / RMS"
+    rows = []
+    for group, errors in report["groups"].items():
+        rows.append([group, *(f"{e['mae']:.4g} / {e['rmse']:.4g}" for e in (errors[method] for method in methods))])
+    table(["actions", *(method.replace("_", " ") for method in methods)], rows, title)
 
 
 def chosen_kind(cfg: DictConfig) -> str:
