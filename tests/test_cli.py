@@ -261,3 +261,14 @@ def test_a_runs_own_file_imports_nothing(tmp_path, capsys):
         "algorithm: {_target_: os.system}\nspec: {task: pointmaze-umaze, observation_dim: 4, action_dim: 2, dt: 0.01}\n"
     )
     assert "unknown planner 'os_system'" in error_of(capsys, "rollout", f"{tmp_path}/run")
+
+
+def test_the_configurations_name_what_the_packages_have():
+    import diffusion
+    import offline
+    import robots
+
+    assert set(groups()["sampler"]) == set(diffusion.solvers())
+    assert set(groups()["task"]) - {"none"} == set(robots.task_names())
+    fields = set(offline.TrainConfig.__dataclass_fields__)
+    assert set(compose("train").train) == fields - {"seed"}
