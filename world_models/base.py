@@ -33,6 +33,7 @@ class WorldModel(Algorithm):
     """
 
     kind = "world_model"
+    evaluations = 1  # network calls for `horizon` imagined steps
     deviation: Tensor
     reward_deviation: Tensor
     difference: Tensor

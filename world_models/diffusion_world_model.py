@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver, with_sampler
+from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver
 from diffusion.networks import build_network
 from offline import DataSpec, register
 from world_models.base import WorldModel
@@ -41,17 +41,13 @@ class DiffusionWorldModel(WorldModel):
         schedule = NoiseSchedule.from_config(**config["schedule"])
         self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"])
         self.samples = int(config["samples"])
-        self.choose()
+        self.choose(config["sampler"])
 
-    def choose(self, sampler: str | None = None, steps: int | None = None) -> None:
-        """Another sampler or number of steps for the roll-outs that follow."""
-        options = with_sampler(self.config["sampler"], sampler, steps)
+    def choose(self, sampler: Mapping[str, Any]) -> None:
+        """Another sampler {name, steps, ...} for the roll-outs that follow."""
+        options = dict(sampler)
         self.table = solver(options.pop("name"), self.denoiser.schedule, options.pop("steps"), **options)
-
-    @property
-    def evaluations(self) -> int:
-        """Network calls a chunk."""
-        return self.table.evaluations
+        self.evaluations = self.table.evaluations
 
     def clean(self, known: Tensor) -> Tensor:
         """What is known: (B, h + T, groups) from the known past tokens (B, h)."""
