@@ -15,21 +15,54 @@ import torch
 from torch import Tensor
 
 from offline import Algorithm, DataSpec, Normalizer, Windows
-from pilotwave.errors import UserError
+from pilotwave.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from offline.store import TrajectoryStore
 
-_ROWS = 200_000  # rows that the statistics of differences are taken from
+_NEGLIGIBLE = 3e-4  # deviations of the data
+_NUMBERS = 3_000_000  # that the forecast is fitted to, at most
+
+
+def _hold(linear: Tensor, inputs: Tensor, change: Tensor) -> None:
+    """The robot stays: o_k = o_0."""
+    linear.zero_()
+
+
+def _linear(linear: Tensor, inputs: Tensor, change: Tensor) -> None:
+    """Least squares, robust: rows that no linear function explains (contacts) lose their weight.
+
+    Iteratively reweighted with Cauchy's weights 1 / (1 + (r / c)^2), c twice the median error (Holland and Welsch 1977).
+    """
+    x, y = inputs.double(), change.double()
+    scale = y.square().mean(0).sqrt().clamp_min(1e-9)
+    weight = torch.ones(len(x), 1, dtype=torch.float64)
+    for _ in range(_ROUNDS):
+        gram = x.T @ (weight * x)
+        gram.diagonal().add_(1e-6 * gram.diagonal().mean())
+        solution = torch.linalg.solve(gram, x.T @ (weight * y))
+        error = ((x @ solution - y) / scale).square().mean(1, keepdim=True).sqrt()
+        weight = 1 / (1 + (error / (2 * error.median()).clamp_min(1e-9)) ** 2)
+    linear.copy_(solution)
+
+
+_ROUNDS = 8
+FORECASTS = {"hold": _hold, "linear": _linear}
+
+
+def _scale(x: Tensor) -> Tensor:
+    """Root mean square over the first axis, 1 where there is nothing."""
+    spread = x.double().square().mean(0).sqrt()
+    return torch.where(spread > 1e-6, spread, torch.ones_like(spread)).float()
 
 
 class WorldModel(Algorithm):
     """A model of o_1..o_T, r_1..r_T given o_{1-h}..o_0, the actions between them, and a_0..a_{T-1}.
 
-    Config of all of them: history h, horizon T (steps predicted at once), reward (learn the reward column), forget (share
-    of training windows whose past is hidden, so that the model also starts from a single observation).
-    Observations are predicted relative to o_0, divided by the deviation of such differences: a prediction of nothing
-    is then a robot that stays where it is, and short steps are as exact as long ones.
+    Config of all of them: history h, horizon T (steps predicted at once), reward (learn the reward column), forecast, forget
+    (share of training windows whose past is hidden, so that the model also starts from a single observation).
+    Observations are predicted relative to a `forecast`, divided by its usual error, so that what is simple comes exact: with
+    "hold" a robot that stays where it is, with "linear" a linear function of past and actions, fitted once to the data.
     """
 
     kind = "world_model"
@@ -37,6 +70,8 @@ class WorldModel(Algorithm):
     deviation: Tensor
     reward_deviation: Tensor
     difference: Tensor
+    error: Tensor
+    linear: Tensor
 
     def __init__(self, spec: DataSpec, config: Mapping[str, Any]) -> None:
         super().__init__(spec, config)
@@ -45,10 +80,17 @@ class WorldModel(Algorithm):
             raise UserError(f"world_model.history={self.h}, world_model.horizon={self.T}; each must be at least 1")
         groups = {"observation": spec.observation_dim, "action": spec.action_dim} | ({"reward": 1} if self.reward else {})
         self.normalizer = Normalizer.from_shapes(groups, "gaussian")
-        # deviations of the data (errors are measured in these), and of o_i - o_0 for every token i of a window
+        if config["forecast"] not in FORECASTS:
+            raise nearest("world_model.forecast", str(config["forecast"]), FORECASTS)
+        # deviations of the data (errors are measured in these), and of past observations from o_0
         self.register_buffer("deviation", torch.ones(spec.observation_dim))
         self.register_buffer("reward_deviation", torch.ones(()))
-        self.register_buffer("difference", torch.ones(self.h + self.T, spec.observation_dim))
+        self.register_buffer("difference", torch.ones(self.h - 1, spec.observation_dim))
+        # the forecast's usual error, without and with a known past
+        self.register_buffer("error", torch.ones(2, self.T, spec.observation_dim))
+        # the linear forecast's coefficients, without and with a known past; zero for a robot that stays
+        inputs = 1 + self.h * spec.observation_dim + (self.h - 1 + self.T) * spec.action_dim
+        self.register_buffer("linear", torch.zeros(2, inputs, self.T * spec.observation_dim))
 
     @abstractmethod
     def predict(
@@ -69,19 +111,29 @@ class WorldModel(Algorithm):
             columns["reward"] = store.columns["reward"]
             self.reward_deviation.fill_(max(float(np.std(columns["reward"])), 1e-6))
         self.normalizer = Normalizer.fit(columns, "gaussian")
-        observation = columns["observation"]
-        deviation = np.std(observation, axis=0, dtype=np.float64)
+        deviation = np.std(columns["observation"], axis=0, dtype=np.float64)
         self.deviation.copy_(torch.from_numpy(np.where(deviation > 1e-6, deviation, 1.0)))
-        rows = np.linspace(0, store.steps - 1, min(store.steps, _ROWS)).astype(np.int64)
-        episode = np.searchsorted(store.episode_ends, rows, side="right")
-        for i in range(self.h + self.T):
-            there = rows + i - (self.h - 1)
-            same = (there >= store.starts[episode]) & (there < store.episode_ends[episode])
-            if i == self.h - 1 or not same.any():
-                continue
-            steps = observation[there[same]].astype(np.float64) - observation[rows[same]]
-            spread = np.sqrt(np.mean(steps**2, axis=0))
-            self.difference[i] = torch.from_numpy(np.where(spread > 1e-6, spread, 1.0))
+        self._fit_forecast(store)
+
+    def _fit_forecast(self, store: TrajectoryStore) -> None:
+        windows = self.windows(store, "cpu")
+        whole = windows.first >= windows.starts[windows.episode]  # no padding before
+        rows = torch.nonzero(whole).flatten()
+        if not len(rows):
+            raise UserError(f"no episode is as long as history + horizon = {self.h + self.T} steps; shorten them")
+        most = max(1000, _NUMBERS // (self.error.numel() + self.linear.shape[1]))
+        batch = windows.gather(rows[torch.linspace(0, len(rows) - 1, min(len(rows), most)).long()])
+        past, future = batch["observation"].split([self.h, self.T], 1)
+        action = batch["action"][:, :-1]
+        self.difference.copy_(_scale(past[:, :-1] - past[:, -1:]))
+        for k, known in enumerate((False, True)):
+            mask = torch.full((len(past), self.h), known).logical_or(self._now)
+            FORECASTS[self.config["forecast"]](
+                self.linear[k], self._inputs(past, mask, action), (future - past[:, -1:]).flatten(1)
+            )
+            # what is known better than this needs no more: targets of mere rounding would be noise to learn
+            error = _scale(future - self.forecast(past, mask, action)[0])
+            self.error[k] = torch.maximum(error, _NEGLIGIBLE * self.deviation)
 
     def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
         columns = ["observation", "action"] + (["reward"] if self.reward else [])
@@ -100,13 +152,30 @@ class WorldModel(Algorithm):
         known[:, :-1] &= kept
         return known
 
-    def relative(self, observation: Tensor) -> Tensor:
-        """(B, n, Do), n <= h + T tokens from the first one on, in the task's units -> what networks see: (o_i - o_0) /
-        difference_i, and at i = 0 the normalized observation itself."""
-        now = observation[:, self.h - 1]
-        x = (observation - now[:, None]) / self.difference[: observation.shape[1]]
-        x[:, self.h - 1] = self.normalizer.normalize("observation", now)
-        return x
+    def _inputs(self, past: Tensor, known: Tensor, action: Tensor) -> Tensor:
+        """What the linear forecast depends on, (B, inputs): past (B, h, Do), known (B, h), normalized actions."""
+        x = self.relative_past(past) * known[..., None]
+        before = action[:, : self.h - 1] * known[:, :-1, None]
+        return torch.cat([torch.ones_like(x[:, :1, 0]), x.flatten(1), before.flatten(1), action[:, self.h - 1 :].flatten(1)], 1)
+
+    def forecast(self, past: Tensor, known: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """What o_1..o_T would be if all were simple, and its usual error, each (B, T, Do) in the task's units: past (B, h, Do)
+        of which `known` (B, h) are meaningful, and normalized actions (B, h - 1 + T, Da)."""
+        whole = known.all(1, keepdim=True)
+        inputs = self._inputs(past, torch.where(whole, known, self._now), action)
+        change = torch.where(whole, inputs @ self.linear[1], inputs @ self.linear[0])
+        forecast = past[:, -1:] + change.unflatten(1, (self.T, -1))
+        return forecast, torch.where(whole[..., None], self.error[1], self.error[0])
+
+    @property
+    def _now(self) -> Tensor:
+        return torch.arange(self.h, device=self.deviation.device) == self.h - 1
+
+    def relative_past(self, past: Tensor) -> Tensor:
+        """(B, h, Do) in the task's units -> (o_i - o_0) / difference_i, and at i = 0 the normalized observation itself."""
+        now = past[:, -1:]
+        earlier = (past[:, :-1] - now) / self.difference
+        return torch.cat([earlier, self.normalizer.normalize("observation", now)], 1)
 
     # -- imagination ---------------------------------------------------------------------------------------------------
 
