@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pilotwave.errors import UserError
-from robots.controller import Chunk, Tracker
+from robots.controller import Chunk, Controller, Tracker
 from robots.tasks import Task, make
 from robots.tasks.pointmaze import GOAL_RADIUS, PointMaze, cell_of
 from robots.tracking import DirectTracker
 
 Progress = Callable[[int, int], None]
-KP, KD, REACHED, PATIENCE = 10.0, 1.0, 0.1, 100
+KP, KD, REACHED, PATIENCE, NOISE = 10.0, 1.0, 0.1, 100, 0.5
 STREAM_HORIZONS = 10
 
 
@@ -37,7 +37,7 @@ class WaypointController:
     rng: draws the waypoints' offsets and, with noise > 0, the action noise.
     """
 
-    def __init__(self, task: PointMaze, n: int, rng: np.random.Generator, noise: float = 0.5):
+    def __init__(self, task: PointMaze, n: int, rng: np.random.Generator, noise: float = NOISE):
         self.maze, self.rng, self.noise = task.maze, rng, noise
         self._goal = np.full((n, 2), np.nan)
         self._target = np.zeros(n, dtype=np.int64)
@@ -79,23 +79,33 @@ class WaypointController:
 
 
 class Demonstrator:
-    """The waypoint controller as a `Controller` of roll-outs and loops: what the demonstrations themselves score."""
+    """The waypoint controller as a `Controller` of roll-outs and loops: what the demonstrations themselves score.
+
+    wander: on to a goal of its own as soon as one is reached, as `collect` drives, instead of staying at the task's.
+    """
 
     replan_every = 1
     history = 1
     evaluations = 0
     tracker: Tracker = DirectTracker()
 
-    def __init__(self, task: PointMaze, noise: float = 0.0, seed: int = 0):
-        self.task, self.noise, self.seed = task, noise, seed
+    def __init__(self, task: PointMaze, noise: float = 0.0, seed: int = 0, wander: bool = False):
+        self.task, self.noise, self.seed, self.wander = task, noise, seed, wander
 
     def reset(self, n: int) -> None:
         """Start n episodes."""
         self._controller = WaypointController(self.task, n, np.random.default_rng(self.seed), self.noise)
+        self._rngs = [np.random.default_rng((self.seed, i)) for i in range(n)]
+        self._own: np.ndarray | None = None
 
     def act(self, history: Mapping[str, np.ndarray], step: int) -> Chunk:
         """One action a decision."""
-        action = self._controller.actions(history["state"][:, -1], history["goal"][:, -1])
+        state, goals = history["state"][:, -1].astype(np.float64), history["goal"][:, -1]
+        if self.wander:
+            self._own = goals = goals.astype(np.float64) if self._own is None else self._own
+            for i in np.flatnonzero(np.linalg.norm(state[:, :2] - goals, axis=1) < REACHED):
+                goals[i] = self.task.draw_goal(self._rngs[i], int(self._controller._cells(goals[i : i + 1])[0]))
+        action = self._controller.actions(state, goals)
         return Chunk(action[:, None], self.task.spec.dt)
 
 
@@ -154,6 +164,18 @@ COLLECTORS: dict[type[Task], Callable[..., tuple[dict[str, np.ndarray], dict[str
 """Task class -> (task, steps, seed, noise, progress) -> columns and facts."""
 
 
+DEMONSTRATORS: dict[type[Task], Callable[[Any, int], Controller]] = {
+    PointMaze: lambda task, seed: Demonstrator(task, NOISE, seed, wander=True)
+}
+"""Task class -> (task, seed) -> the controller that `collect` records."""
+
+
+def demonstrator(task: Task, seed: int = 0) -> Controller | None:
+    """What acts in the data that `collect` makes for a task, as a Controller; None where there is no such thing."""
+    made = [make_one(task, seed) for kind, make_one in DEMONSTRATORS.items() if isinstance(task, kind)]
+    return made[0] if made else None
+
+
 def collect(
     task: str | Task,
     steps: int,
@@ -161,7 +183,7 @@ def collect(
     seed: int = 0,
     progress: Progress | None = None,
     *,
-    noise: float = 0.5,
+    noise: float = NOISE,
     **options: Any,
 ) -> dict[str, Any]:
     """Collect `steps` steps on a task (a name of `robots.make` with its options, or a task) and write D4RL HDF5.

@@ -38,6 +38,8 @@ def run(overrides: Sequence[str]) -> None:
     keys = plain(cfg.observation_keys) or plain(cfg.task.get("observation_keys"))
     store = offline.read(cfg.data, format=cfg.format, observation_keys=keys, images=images)
     spec = offline.DataSpec.of(store, facts, cfg.dt)
+    if task is not None and settings.get("reward") and "reward" not in store.columns:
+        add_rewards(store, task, options)
     algorithm = offline.build(kind, name, spec, settings, cfg.seed)
     about = {"task_options": facts.options} if facts else {}
     about |= {"data": str(cfg.data)}
@@ -92,3 +94,18 @@ def task_spec(task: str | None, options: Mapping[str, Any]) -> Any:
     made = robots.make(task, **options)
     made.close()
     return made.spec
+
+
+def add_rewards(store: Any, task: str, options: Mapping[str, Any]) -> None:
+    """Give data that was recorded without rewards the task's own, where they follow from the state that is reached."""
+    import numpy as np
+
+    import robots
+
+    made = robots.make(task, **options)
+    earned = made.rewards(store.columns["observation"])
+    made.close()
+    if earned is not None:
+        # a step's reward is that of the state after it; the state after an episode's last step was not recorded
+        following = np.minimum(np.arange(store.steps) + 1, np.repeat(store.episode_ends - 1, store.lengths))
+        store.columns["reward"] = earned[following].astype(np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -78,6 +78,18 @@ class Task(ABC):
 
     def to_pixels(self, points: np.ndarray) -> np.ndarray | None:
         """World coordinates (k, 2) as pixels (k, 2) (column, row) of `render`; None where there is no such map."""
+        return None
+
+    def rewards(self, states: np.ndarray) -> np.ndarray | None:
+        """The reward (k,) that recorded data of this task give for reaching states (k, Do), where it depends on them alone."""
+        return None
+
+    def reset_recorded(self, rows: Mapping[str, np.ndarray]) -> Observation:
+        """Start from recorded steps (a data set's columns, (n, ...) each), at rest where velocities are not recorded."""
+        raise UserError(f"{self.spec.name} cannot be set to recorded states; let a controller act instead")
+
+    def draw(self, state: np.ndarray) -> NDArray[np.uint8] | None:
+        """A picture (H, W, 3) of an observation (Do,), imagined or real; None where the task cannot draw one."""
         return None
 
     def close(self) -> None:  # noqa: B027  (not every task has something to release)

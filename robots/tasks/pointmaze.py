@@ -24,7 +24,7 @@ returns (random, expert): umaze 23.85, 161.86; medium 13.13, 277.39; large 6.7, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,17 @@ class PointMaze(Task):
         self._goal = np.array(goals, dtype=np.float64)
         self._reached = np.zeros(len(states), dtype=np.int64)
         return self.observation()
+
+    def rewards(self, states: np.ndarray) -> np.ndarray:
+        """1 within the goal radius of the map's fixed goal, else 0: what `robots.collect` records."""
+        return (np.linalg.norm(states[:, :2] - np.asarray(self.maze.goal), axis=1) <= GOAL_RADIUS).astype(np.float64)
+
+    def reset_recorded(self, rows: Mapping[str, np.ndarray]) -> Observation:
+        states = rows["observation"]
+        return self.reset_to(states, rows.get("goal", np.tile(np.asarray(self.maze.goal), (len(states), 1))))
+
+    def draw(self, state: np.ndarray) -> NDArray[np.uint8]:
+        return self.draw_top(state[:2])
 
     def draw_goal(self, rng: np.random.Generator, other_than: int) -> np.ndarray:
         """A goal (2,) in a random empty cell other than number `other_than`, with D4RL's noise."""

@@ -18,7 +18,7 @@ the recorded states, which end one step early; played back here 0.946, and 0.971
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,16 +41,42 @@ KEYPOINTS = np.array(
     ]
 )
 """(9, 2) in the block's frame (origin and axes of its body, pixels)."""
+T_SHAPE = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120), (-15, 30), (-60, 30)], float)
+"""The block's outline (8, 2) in its own frame: gym-pusht's two boxes."""
+GOAL = np.array([256.0, 256.0, np.pi / 4])
 SIZE = 512
 COVERAGE = 0.95
 
 
 def keypoints(pose: np.ndarray) -> np.ndarray:
     """Key points (..., 9, 2) of block poses (..., 3): x, y, angle in radians."""
-    pose = np.asarray(pose)
+    return _placed(KEYPOINTS, np.asarray(pose))
+
+
+def _placed(points: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """Points (k, 2) of the block's frame in the world, (..., k, 2)."""
     c, s = np.cos(pose[..., 2]), np.sin(pose[..., 2])
     rotation = np.stack([np.stack([c, -s], -1), np.stack([s, c], -1)], -2)
-    return pose[..., None, :2] + np.einsum("...ij,kj->...ki", rotation, KEYPOINTS)
+    return pose[..., None, :2] + np.einsum("...ij,kj->...ki", rotation, points)
+
+
+def poses(points: np.ndarray) -> np.ndarray:
+    """Block poses (..., 3) that fit key points (..., 9, 2) best: rotation and translation of least squares (Kabsch 1976)."""
+    middle, own = points.mean(-2), KEYPOINTS.mean(0)
+    turned, own_turned = points - middle[..., None, :], KEYPOINTS - own
+    cross = (own_turned[:, 0] * turned[..., 1] - own_turned[:, 1] * turned[..., 0]).sum(-1)
+    angle = np.arctan2(cross, (own_turned * turned).sum((-2, -1)))
+    c, s = np.cos(angle), np.sin(angle)
+    offset = np.stack([c * own[0] - s * own[1], s * own[0] + c * own[1]], -1)
+    return np.concatenate([middle - offset, angle[..., None]], -1)
+
+
+def coverage(pose: np.ndarray) -> np.ndarray:
+    """The share (n,) of the goal area that blocks at poses (n, 3) cover."""
+    import shapely
+
+    block, goal = shapely.polygons(_placed(T_SHAPE, pose)), shapely.polygons(_placed(T_SHAPE, GOAL))
+    return shapely.area(shapely.intersection(block, goal)) / shapely.area(goal)
 
 
 def _get(env: Any) -> tuple[float, ...]:
@@ -96,6 +122,7 @@ class PushT(Task):
         )
         self._envs: list[Any] = []
         self._done = np.zeros(0, dtype=bool)
+        self._drawn: PushT | None = None
 
     def reset(self, seeds: Sequence[int]) -> Observation:
         self._size(len(seeds))
@@ -140,6 +167,32 @@ class PushT(Task):
     def to_pixels(self, points: np.ndarray) -> np.ndarray:
         return np.asarray(points, dtype=np.float64)
 
+    def rewards(self, states: np.ndarray) -> np.ndarray | None:
+        """clip(coverage / 0.95) of the poses that fit the key points; the image task's state does not hold the block."""
+        if self.images:
+            return None
+        return np.clip(coverage(poses(states[:, 2:].reshape(-1, 9, 2).astype(np.float64))) / COVERAGE, 0.0, 1.0)
+
+    def reset_recorded(self, rows: Mapping[str, np.ndarray]) -> Observation:
+        observed = rows["observation"]
+        block = rows["state"][:, 2:] if "state" in rows else poses(observed[:, 2:].reshape(-1, 9, 2))
+        return self.reset_to(np.concatenate([observed[:, :2], block], axis=1))
+
+    def draw(self, state: np.ndarray) -> NDArray[np.uint8] | None:
+        """The scene with the block where the key points fit best, and the key points themselves, as they were imagined."""
+        if self.images:
+            return None
+        import cv2
+
+        if self._drawn is None:
+            self._drawn = PushT()
+        points = state[2:].reshape(9, 2).astype(np.float64)
+        self._drawn.reset_to(np.concatenate([state[:2], poses(points)])[None])
+        picture = np.ascontiguousarray(self._drawn.render(0))
+        for point in np.clip(points, -SIZE, 2 * SIZE).round().astype(int).tolist():
+            cv2.circle(picture, point, 5, (214, 60, 50), -1, cv2.LINE_AA)
+        return picture
+
     def snapshot(self) -> Any:
         """Poses and velocities of agents and blocks (n, 10), and who is done.
 
@@ -162,7 +215,9 @@ class PushT(Task):
     def close(self) -> None:
         for env in self._envs:
             env.close()
-        self._envs = []
+        if self._drawn is not None:
+            self._drawn.close()
+        self._envs, self._drawn = [], None
 
     def _size(self, n: int) -> None:
         """Have n environments, each set up."""
