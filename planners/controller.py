@@ -31,8 +31,7 @@ class PlanController:
 
     A decision falls due every `replan_every` steps (0: once an episode). At a decision a robot gets a new plan; with
     `deviation` set, only a robot that is further than this from where its plan has it, whose plan ran out away from
-    its goal, or whose goal has moved: the others go on, since a plan that works is worth more than a new one. Each
-    plan lost on the way to a goal asks the next one for a later arrival, a quarter of the horizon at a time. The
+    its goal, or whose goal has moved: the others go on, since a plan that works is worth more than a new one. The
     references are states tracked by a PD law with gains kp and kd, read `lookahead` seconds ahead, or the planned
     actions themselves. The noise comes from `seed`, so roll-outs repeat.
     """
@@ -72,7 +71,6 @@ class PlanController:
         """Forget the plans in progress."""
         self.plan: Plan | None = None
         self.begun = np.zeros(n, dtype=np.int64)
-        self.lost = np.zeros(n, dtype=np.int64)
         self.goals = np.zeros((n, self.goal_dim))
 
     def act(self, history: Mapping[str, np.ndarray], step: int) -> Chunk:
@@ -104,19 +102,12 @@ class PlanController:
         lost = np.linalg.norm(state[:, : self.goal_dim] - due[:, : self.goal_dim], axis=1) > self.deviation
         over = step - self.begun >= (self.planner.H - 1) * self.planner.stride
         away = np.linalg.norm(state[:, : self.goal_dim] - goal, axis=1) > self.deviation
-        moved = (goal != self.goals).any(axis=1)
-        self.lost = np.where(moved, 0, self.lost + lost)
-        return lost | (over & away) | moved
+        return lost | (over & away) | (goal != self.goals).any(axis=1)
 
     def _keep(self, plan: Plan, renew: np.ndarray) -> None:
         """The renewed robots' best plans, beside the plans in progress of the others."""
-        rows, chosen = np.arange(len(plan.values)), np.zeros(len(plan.values), dtype=np.int64)
-        if plan.arrivals is not None:
-            latest = plan.arrivals.max(axis=1)
-            earliest = np.minimum(self.lost[renew] * self.planner.H // 4, latest)
-            chosen = (plan.arrivals >= earliest[:, None]).argmax(axis=1)  # the first is the best that is late enough
-        actions = None if plan.actions is None else plan.actions[rows, chosen][:, None]
-        best = Plan(plan.observations[rows, chosen][:, None], actions, plan.values[rows, chosen][:, None])
+        actions = None if plan.actions is None else plan.actions[:, :1]
+        best = Plan(plan.observations[:, :1], actions, plan.values[:, :1])
         if self.plan is None or renew.all():
             self.plan = best
             return
