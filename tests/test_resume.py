@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,21 +59,25 @@ def kill_and_resume(tmp_path: Path, kills: int, steps: int, seed: int) -> None:
     settings = {"steps": steps, "save_every": 7, "log_every": 10}
     whole, broken, rng = tmp_path / "whole", tmp_path / "broken", random.Random(seed)
     tiny.run(whole, **settings)
-    reached = 0
-    for i in range(kills):
+    reached, killed = 0, 0
+    for _ in range(3 * kills):
         process = start(broken, **settings)
         wait_for_step(broken, min(reached + rng.randint(0, 2 * steps // (3 * kills)), steps - steps // 4), process)
         time.sleep(rng.uniform(0, 0.03))  # anywhere in a step, a write or a rename
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"kill {i} came after the end: {process.stderr.read()}"
+        if process.wait() == 0:  # on a busy machine the kill can come after the end: from the start again
+            shutil.rmtree(broken)
         saved = load_state(broken)  # what is left is always whole
-        reached = saved[1]["step"] if saved else 0
+        reached, killed = (saved[1]["step"] if saved else 0), killed + (process.returncode == -signal.SIGKILL)
+        if killed == kills:
+            break
+    assert killed == kills
     assert start(broken, **settings).wait() == 0
     assert_same(whole, broken)
 
 
 def test_two_kills(tmp_path):
-    kill_and_resume(tmp_path, kills=2, steps=600, seed=0)
+    kill_and_resume(tmp_path, kills=2, steps=400, seed=0)
 
 
 @pytest.mark.slow
