@@ -47,6 +47,7 @@ class DiffusionPolicy(Algorithm):
     """
 
     kind, name = "policy", "diffusion_policy"
+    start: Tensor
 
     def __init__(self, spec: DataSpec, config: Mapping[str, Any]) -> None:
         super().__init__(spec, config)
@@ -87,9 +88,11 @@ class DiffusionPolicy(Algorithm):
             windows = self.recorded(store, "cpu", ())
             stride = max(1, len(windows) // _FITTED)
             batch = windows.gather(torch.arange(0, len(windows), stride))
-            columns = self._differences(batch["observation"], batch["action"])
+            differences = self._differences(batch["observation"], batch["action"])
             self.start.copy_(torch.as_tensor(self._clip(store.columns["action"][store.starts]).mean(0)))
-        self.normalizer = Normalizer.fit(columns, self.config["normalizer"])
+            self.normalizer = Normalizer.fit(differences, self.config["normalizer"])
+        else:
+            self.normalizer = Normalizer.fit(columns, self.config["normalizer"])
 
     def _clip(self, actions: np.ndarray) -> np.ndarray:
         """Recorded commands as the robot would have carried them out."""

@@ -225,7 +225,7 @@ def draw_side_by_side(
     every = max(1, round(1.0 / (25.0 * task.spec.dt)))
     writer = Writer(Path(path), max(1, round(1.0 / (task.spec.dt * every))))
     for step in range(0, recording.observations.shape[1], every):
-        pictures = []
+        pictures: list[Any] = []
         for i in range(episodes):
             for name, observations in rows.items():
                 picture = np.ascontiguousarray(task.draw(observations[i, step]))
