@@ -192,20 +192,6 @@ def test_an_action_changes_the_steps_after_it(trained, name):
     np.testing.assert_allclose((r_after - r_before)[0], [0, 0, 0, 0, 1, 0, 0, 0], atol=0.3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_past_counts_where_velocities_are_hidden(store, name):
-    hidden = store.select(range(store.episodes))
-    hidden.columns = {**store.columns, "observation": store.columns["observation"][:, [0, 1, 0, 1]]}
-    model = fit(build(name, hidden, history=2, forget=0.3), hidden)
-    o = hidden.columns["observation"].reshape(60, 40, 4)
-    a = hidden.columns["action"].reshape(60, 40, 2)
-
-    def error(*history):
-        return np.abs(model.rollout(history[0], a[:, 1:9], *history[1:])[0] - o[:, 2:10]).mean()
-
-    assert error(o[:, :2], a[:, :1]) < 0.5 * error(o[:, 1])
-    # observations without the actions between them were never trained on, and count as the last one alone
-    assert error(o[:, :2]) == pytest.approx(error(o[:, 1]))
 
 
 def test_samples_are_averaged_and_seeds_matter(store, trained):
