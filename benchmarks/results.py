@@ -29,7 +29,7 @@ class Result:
 
 
 SUCCESS = {"success": "success_rate", "return": "return_mean", "latched return": "latched_return_mean"}
-SUCCESS |= {"first reach step": "first_reach_steps_mean", "decision p50 ms": "decision_ms.p50"}
+SUCCESS |= {"first reach step": "first_reach_steps_mean", "decision p99 ms": "decision_ms.p99"}
 FIXED = {"D4RL score": "normalized_return_mean", "latched": "normalized_latched_return_mean", "success": "success_rate"}
 DEMONSTRATOR = "the demonstrator {} on the same goal; Diffuser {}, Hierarchical Diffuser {} (published)"
 
