@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffusion.networks._attention import attention
 from diffusion.networks._embedding import FourierFeatures, LevelEmbedding
 
 
@@ -43,8 +44,8 @@ class Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
         qkv = self.qkv(modulate(self.norm_1(x), shift_1, scale_1))
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        attention = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + gate_1 * self.project(rearrange(attention, "b h n d -> b n (h d)"))
+        attended = rearrange(attention(q, k, v, self.causal), "b h n d -> b n (h d)")
+        x = x + gate_1 * self.project(attended)
         return x + gate_2 * self.mlp(modulate(self.norm_2(x), shift_2, scale_2))
 
 
