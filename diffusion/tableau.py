@@ -72,7 +72,8 @@ class Tableau:
             with torch.inference_mode(False):  # or the remembered tensors could not be trained through later
                 rows = tuple(replace(row, **_moved(row, device, dtype)) for row in self.rows)
             moved = Tableau(self.name, rows, self.order)
-            if not torch.compiler.is_compiling():  # whose tensors are stand-ins
+            # tensors made while a graph is recorded are stand-ins, or belong to it
+            if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
                 self._moved[key] = moved
         return moved
 

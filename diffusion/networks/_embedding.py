@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 
-class FourierFeatures(nn.Module):
+class _Frequencies(nn.Module):
+    """`omega`, which stays in float32 when the network is cast: in bfloat16 a phase of 1000 t would be off by radians."""
+
+    omega: Tensor
+
+    def __init__(self, omega: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("omega", omega, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = self.omega
+        super()._apply(fn, recurse)
+        self.omega = exact.to(self.omega.device)
+        return self
+
+
+class FourierFeatures(_Frequencies):
     """x (..., F) -> (..., F (1 + 2 n)): x beside sin and cos of pi 2^k x, k = 0 .. n - 1 (Tancik et al. 2020).
 
     They let a network see sharp borders, such as a maze's walls, in smooth coordinates.
     """
 
-    omega: Tensor
-
     def __init__(self, features: int, frequencies: int) -> None:
-        super().__init__()
-        self.register_buffer("omega", math.pi * 2.0 ** torch.arange(frequencies), persistent=False)
+        super().__init__(math.pi * 2.0 ** torch.arange(frequencies))
         self.output_dim = features * (1 + 2 * frequencies)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,15 +41,12 @@ class FourierFeatures(nn.Module):
         return torch.cat([x, phase.sin(), phase.cos()], dim=-1)
 
 
-class LevelEmbedding(nn.Module):
+class LevelEmbedding(_Frequencies):
     """Levels t (..., groups) in [0, 1] -> (..., width): sinusoids of 1000 t (Vaswani et al. 2017), then a small MLP."""
 
-    omega: Tensor
-
     def __init__(self, groups: int, width: int, frequencies: int = 32) -> None:
-        super().__init__()
         scale = torch.exp(-math.log(10_000.0) * torch.arange(frequencies) / max(frequencies - 1, 1))
-        self.register_buffer("omega", 1000.0 * scale, persistent=False)
+        super().__init__(1000.0 * scale)
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies * groups, width), nn.SiLU(), nn.Linear(width, width))
 
     @property
