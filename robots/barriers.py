@@ -1,0 +1,391 @@
+"""Constraints as data: a `Barrier` is a function b(x) of a state, and b(x) >= 0 is safe.
+
+x (..., F) is a NumPy array or a torch tensor in the task's own units, and every barrier works on both alike: robots
+import no torch, planners no copy of the shapes. Values are metres (or the unit of the features read) and change by at
+most one for one (1-Lipschitz in those features; `Separation` by sqrt 2), so b(x) >= m keeps x at least m away and a
+tracking error of e costs e. The shapes to avoid are convex functions except polygons, grids and complements, so one
+step of `project` suffices where only such shapes are active.
+
+Parameters are numbers, arrays (d,), or one set for each of n robots, arrays (n, d) beside x (n, ..., F). A barrier with
+a `velocity` (d,) or (n, d) moves: `time` seconds on it has moved by time * velocity.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+
+Features = slice | Sequence[int]
+TINY = 1e-9
+
+
+def namespace(x: Any) -> Any:
+    """The module whose functions take x: numpy, or torch where x is a tensor."""
+    return np if isinstance(x, np.ndarray) else sys.modules["torch"]
+
+
+def like(x: Any, value: Any) -> Any:
+    """A number or array in x's kind, precision and place."""
+    if isinstance(x, np.ndarray):
+        return np.asarray(value, dtype=x.dtype)
+    return sys.modules["torch"].as_tensor(value, dtype=x.dtype, device=x.device)
+
+
+def spread(x: Any, value: Any) -> Any:
+    """`like`, and the robots' axis of a parameter (n, d) set against x's first: (n, 1, ..., d)."""
+    value = like(x, value)
+    return value.reshape((value.shape[0], *(1,) * (x.ndim - 2), value.shape[1])) if value.ndim == 2 else value
+
+
+def _norm(x: Any) -> Any:
+    return (x * x).sum(-1) ** 0.5
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Barrier(ABC):
+    """features: which of x's features it reads, d of them. velocity: of what it describes, in features a second."""
+
+    features: Features = field(default_factory=lambda: slice(0, 2))
+    velocity: Any = None
+
+    @abstractmethod
+    def local(self, p: Any) -> tuple[Any, Any]:
+        """b (...) and its gradient (..., d) at features p (..., d), as they are at time 0."""
+
+    def _at(self, x: Any, time: Any) -> tuple[Any, Any]:
+        p = x[..., self.features]
+        if self.velocity is not None:
+            p = p - like(p, time)[..., None] * spread(p, self.velocity)
+        return self.local(p)
+
+    def value(self, x: Any, time: Any = 0.0) -> Any:
+        """b (...) of states x (..., F); time: seconds from now, a number or one for each (...)."""
+        return self._at(x, time)[0]
+
+    def gradient(self, x: Any, time: Any = 0.0) -> Any:
+        """db/dx (..., F)."""
+        return self.both(x, time)[1]
+
+    def both(self, x: Any, time: Any = 0.0) -> tuple[Any, Any]:
+        """b (...) and db/dx (..., F)."""
+        value, local = self._at(x, time)
+        gradient = namespace(x).zeros_like(x)
+        gradient[..., self.features] = local
+        return value, gradient
+
+
+@dataclass(frozen=True, eq=False)
+class Superellipse(Barrier):
+    """Keep out of |(p - center) / radii|_power <= 1: an ellipse (2), SafeDiffuser's quartic (4), any power from 2 up.
+
+    b = min(radii) (|z|_power - 1), the gauge scaled to metres: SafeDiffuser's sum |z|^power - 1 has the same sign and
+    set, but a gradient that vanishes inside and grows without bound outside. power: a number or (n, 1).
+    """
+
+    center: Any
+    radii: Any
+    power: Any = 2.0
+
+    def local(self, p: Any) -> tuple[Any, Any]:
+        radii, power = spread(p, self.radii) + p[..., :1] * 0, spread(p, self.power)
+        z = (p - spread(p, self.center)) / radii
+        scale = namespace(p).amin(radii, -1)
+        # a gauge has no gradient at its centre: there, any direction will do
+        middle = (z * z).sum(-1) < TINY**2
+        first = z * 0
+        first[..., 0] = TINY
+        z = namespace(p).where(middle[..., None], first, z)
+        size = abs(z)
+        largest = namespace(p).amax(size, -1)  # keeps powers of small numbers from vanishing
+        ratio = size / largest[..., None]
+        exponent = power if power.ndim == 0 else power[..., 0]
+        gauge = largest * (ratio**power).sum(-1) ** (1.0 / exponent)
+        direction = namespace(p).sign(z) * (size / gauge[..., None]) ** (power - 1.0)
+        return scale * (gauge - 1.0), scale[..., None] * direction / radii
+
+
+@dataclass(frozen=True, eq=False)
+class Box(Barrier):
+    """Keep out of low <= p <= high (d,): the signed distance."""
+
+    low: Any
+    high: Any
+
+    def local(self, p: Any) -> tuple[Any, Any]:
+        low, high = spread(p, self.low), spread(p, self.high)
+        offset = p - (low + high) / 2
+        beyond = abs(offset) - (high - low) / 2
+        outside = beyond.clip(min=0.0)
+        distance = _norm(outside)
+        deepest = namespace(p).amax(beyond, -1)
+        sign = namespace(p).where(offset < 0, like(p, -1.0), like(p, 1.0))
+        # inside, the nearest face alone counts, the first of equal ones
+        ties = (beyond >= deepest[..., None]) * like(p, 1.0)
+        inward = ties * (ties.cumsum(-1) <= 1.0)
+        normal = namespace(p).where((deepest > 0)[..., None], outside / distance.clip(min=TINY)[..., None], inward)
+        return distance + deepest.clip(max=0.0), sign * normal
+
+
+@dataclass(frozen=True, eq=False)
+class Polygon(Barrier):
+    """Keep out of a simple polygon, convex or not: vertices (k, 2) in order. The signed distance."""
+
+    vertices: Any
+
+    def local(self, p: Any) -> tuple[Any, Any]:
+        xp = namespace(p)
+        first = like(p, self.vertices)
+        edge = xp.roll(first, -1, 0) - first
+        away = p[..., None, :] - first
+        along = ((away * edge).sum(-1) / (edge * edge).sum(-1)).clip(0.0, 1.0)
+        gap = away - along[..., None] * edge
+        distances = _norm(gap)
+        nearest = distances.argmin(-1)
+        chosen = (nearest[..., None] == like(nearest, range(len(first)))) * like(p, 1.0)
+        distance = (distances * chosen).sum(-1)
+        closest, side = (gap * chosen[..., None]).sum(-2), (edge * chosen[..., None]).sum(-2)
+        # a ray to the right crosses the outline an odd number of times from within
+        upward = (away[..., 1] >= 0) != (away[..., 1] - edge[:, 1] >= 0)
+        turn = away[..., 0] * edge[:, 1] - away[..., 1] * edge[:, 0]
+        crossed = upward & ((turn < 0) == (edge[:, 1] > 0))
+        inside = (crossed * 1).sum(-1) % 2 == 1
+        sign = xp.where(inside, like(p, -1.0), like(p, 1.0))
+        # on the outline itself the edge's outward normal
+        area = (first[:, 0] * xp.roll(first[:, 1], -1, 0) - first[:, 1] * xp.roll(first[:, 0], -1, 0)).sum()
+        outward = xp.stack([side[..., 1], -side[..., 0]], -1) * (1.0 if area > 0 else -1.0)
+        outward = outward / _norm(outward)[..., None]
+        normal = sign[..., None] * closest / distance.clip(min=TINY)[..., None]
+        return sign * distance, xp.where((distance < TINY)[..., None], outward, normal)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid(Barrier):
+    """A signed-distance grid, multilinear between its nodes and level beyond them: values (N1, ..., Nd) at origin +
+    index * spacing. Keep out of where it is negative."""
+
+    values: Any
+    origin: Any
+    spacing: float
+
+    def local(self, p: Any) -> tuple[Any, Any]:
+        xp = namespace(p)
+        values = like(p, self.values)
+        d = values.ndim
+        last = like(p, np.array(values.shape) - 1.0)
+        at = (p - like(p, self.origin)) / self.spacing
+        within = (at >= 0) & (at <= last)
+        at = xp.minimum(at.clip(min=0.0), last)
+        cell = xp.minimum(xp.floor(at), last - 1)
+        weight = at - cell
+        cell = cell.astype(np.int64) if isinstance(p, np.ndarray) else cell.long()
+        value, gradient = p[..., 0] * 0, xp.zeros_like(p)
+        for corner in product((0, 1), repeat=d):
+            node = values[tuple(cell[..., i] + corner[i] for i in range(d))]
+            share = [weight[..., i] if corner[i] else 1 - weight[..., i] for i in range(d)]
+            whole = node
+            for s in share:
+                whole = whole * s
+            value = value + whole
+            for i in range(d):
+                slope = node * (1.0 if corner[i] else -1.0) / self.spacing
+                for j in range(d):
+                    slope = slope * share[j] if j != i else slope
+                gradient[..., i] = gradient[..., i] + slope
+        return value, gradient * within
+
+
+@dataclass(frozen=True, eq=False)
+class HalfSpace(Barrier):
+    """Stay where normal . p <= offset: b = (offset - normal . p) / |normal|. A joint, speed or height limit."""
+
+    normal: Any
+    offset: float
+
+    def local(self, p: Any) -> tuple[Any, Any]:
+        normal = like(p, self.normal)
+        unit = normal / _norm(normal)
+        return like(p, self.offset) / _norm(normal) - (p * unit).sum(-1), -unit + p * 0
+
+
+@dataclass(frozen=True, eq=False)
+class Complement(Barrier):
+    """Stay inside what another barrier keeps out of: b = -b. A workspace, or a speed limit as a disc of velocities."""
+
+    other: Barrier
+
+    def local(self, p: Any) -> tuple[Any, Any]:
+        value, gradient = self.other.local(p)
+        return -value, -gradient
+
+
+@dataclass(frozen=True, eq=False)
+class Separation(Barrier):
+    """Two robots' features, one half of `features` each (2 k of them), stay `distance` apart: b = |p - q| - distance."""
+
+    distance: float
+    features: Features = field(default_factory=lambda: slice(0, 4), kw_only=True)
+
+    def local(self, p: Any) -> tuple[Any, Any]:
+        half = p.shape[-1] // 2
+        gap = p[..., :half] - p[..., half:]
+        length = _norm(gap)
+        first = gap * 0
+        first[..., 0] = 1.0
+        xp = namespace(p)
+        unit = xp.where((length < TINY)[..., None], first, gap / length.clip(min=TINY)[..., None])
+        return length - self.distance, xp.concatenate([unit, -unit], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Custom(Barrier):
+    """b = function(p) of features p (..., d), with its gradient(p) (..., d), or without: automatic differentiation for
+    tensors, central differences of `step` for arrays."""
+
+    function: Callable[[Any], Any]
+    derivative: Callable[[Any], Any] | None = None
+    step: float = 1e-5
+
+    def local(self, p: Any) -> tuple[Any, Any]:
+        if self.derivative is not None:
+            return self.function(p), self.derivative(p)
+        if isinstance(p, np.ndarray):
+            wide = p.astype(np.float64)
+            columns = []
+            for i in range(p.shape[-1]):
+                shift = np.zeros(p.shape[-1])
+                shift[i] = self.step
+                columns.append((self.function(wide + shift) - self.function(wide - shift)) / (2 * self.step))
+            return self.function(p), np.stack(columns, -1).astype(p.dtype)
+        torch = sys.modules["torch"]
+        with torch.enable_grad():
+            q = p.detach().requires_grad_()
+            value = self.function(q)
+            (gradient,) = torch.autograd.grad(value.sum(), q)
+        return value.detach(), gradient
+
+
+def limits(low: Sequence[float], high: Sequence[float], features: Features) -> list[Barrier]:
+    """low <= p <= high for each of d features, as 2 d half-spaces; infinite bounds are left out."""
+    found: list[Barrier] = []
+    for i, (least, most) in enumerate(zip(low, high)):
+        unit = np.eye(len(low))[i]
+        if np.isfinite(most):
+            found.append(HalfSpace(unit, float(most), features=features))
+        if np.isfinite(least):
+            found.append(HalfSpace(-unit, -float(least), features=features))
+    return found
+
+
+ROW = ("center_x", "center_y", "radius_x", "radius_y", "power", "velocity_x", "velocity_y")
+"""What describes one hazard in the observation "hazards" (n, K, 7): a superellipse where it is now, and its velocity."""
+
+
+def from_rows(rows: np.ndarray, features: Features = slice(0, 2)) -> list[Barrier]:
+    """The K hazards of n robots, each one barrier for all robots, from an observation (n, K, 7); see `ROW`."""
+    rows = np.asarray(rows, dtype=np.float64)
+    return [
+        Superellipse(rows[:, k, 0:2], rows[:, k, 2:4], rows[:, k, 4:5], features=features, velocity=rows[:, k, 5:7])
+        for k in range(rows.shape[1])
+    ]
+
+
+def values(barriers: Sequence[Barrier], x: Any, time: Any = 0.0) -> Any:
+    """(..., K): each barrier's b."""
+    return namespace(x).stack([barrier.value(x, time) for barrier in barriers], -1)
+
+
+# ---------------------------------------------------------------------------------------------- quadratic programs
+def least_change(target: Any, G: Any, h: Any, tolerance: float = 1e-9) -> tuple[Any, Any]:
+    """The y (..., d) nearest to target (..., d) with G y >= h, G (..., K, d), h (..., K); and where there is one (...).
+
+    Exact: the solution has at most d active constraints, so for d <= 2 (and always for K <= 2) the nearest feasible
+    point among the target, its projections on single constraints and on pairs is it. Otherwise, where none of these is
+    feasible or more may be active, Lawson and Hanson's least-distance programming (1974, chapter 23), row by row.
+    """
+    xp = namespace(target)
+    K, d = G.shape[-2], G.shape[-1]
+    lacking = h - (G * target[..., None, :]).sum(-1)
+    size = (G * G).sum(-1)
+    flat = size <= TINY
+    single = (lacking / xp.where(flat, size * 0 + 1.0, size)).clip(min=0.0)
+    moves = [target[..., None, :] * 0, G * single[..., None]]
+    if K > 1:
+        i, j = (list(index) for index in zip(*combinations(range(K), 2)))
+        cross = (G[..., i, :] * G[..., j, :]).sum(-1)
+        determinant = size[..., i] * size[..., j] - cross * cross
+        parallel = determinant <= 1e-12 * size[..., i] * size[..., j]
+        determinant = xp.where(parallel, determinant * 0 + 1.0, determinant)
+        first = (size[..., j] * lacking[..., i] - cross * lacking[..., j]) / determinant
+        second = (size[..., i] * lacking[..., j] - cross * lacking[..., i]) / determinant
+        # a multiplier below zero marks a point that another candidate beats
+        kept = (~parallel & (first >= 0) & (second >= 0)) * like(target, 1.0)
+        moves.append(G[..., i, :] * (first * kept)[..., None] + G[..., j, :] * (second * kept)[..., None])
+    move = xp.concatenate(moves, -2)  # (..., C, d)
+    slack = (move[..., None, :] * G[..., None, :, :]).sum(-1) - lacking[..., None, :]
+    scale = tolerance * (1.0 + abs(lacking))
+    allowed = (slack >= -scale[..., None, :]).all(-1)
+    cost = (move * move).sum(-1)
+    cost = xp.where(allowed, cost, cost * 0 + float("inf"))
+    best = cost.argmin(-1)
+    chosen = (best[..., None] == like(best, range(cost.shape[-1])))[..., None]
+    y = target + xp.where(chosen, move, move * 0).sum(-2)
+    feasible = allowed.any(-1)
+    if d > 2 and K > 2:
+        y, feasible = _refine(target, G, h, y, feasible)
+    return y, feasible
+
+
+def _refine(target: Any, G: Any, h: Any, y: Any, feasible: Any) -> tuple[Any, Any]:
+    """The rows in which three or more constraints may be active, by non-negative least squares."""
+    from scipy.optimize import nnls
+
+    G_rows, lacking = _plain(G), _plain(h - (G * target[..., None, :]).sum(-1))
+    moved, found = _plain(y - target).copy(), _plain(feasible).astype(bool)
+    for row in zip(*np.nonzero((lacking > 0).any(-1))):
+        E = np.concatenate([G_rows[row].T, lacking[row][None]])
+        f = np.eye(len(E))[-1]
+        r = E @ nnls(E, f)[0] - f
+        found[row] = np.linalg.norm(r) > 1e-7
+        moved[row] = -r[:-1] / r[-1] if found[row] else 0.0
+    return target + like(target, moved), like(feasible, found)
+
+
+def _plain(x: Any) -> np.ndarray:
+    """A float64 array of an array or tensor, wherever it lies."""
+    return np.asarray(x if isinstance(x, np.ndarray) else x.detach().cpu(), dtype=np.float64)
+
+
+def project(
+    x: Any, barriers: Sequence[Barrier], margin: Any = 0.0, time: Any = 0.0, iterations: int = 20, tolerance: float = 1e-6
+) -> tuple[Any, Any]:
+    """States near x (..., F) with every b >= margin, and where that was reached to `tolerance` (...) bool.
+
+    Newton's method on min |y - x|^2, ended by the first safe y: each round linearizes the barriers at y and solves the
+    quadratic program exactly, so the point is the nearest one where outlines are straight, and nearly so elsewhere.
+    The later half of the rounds starts from where it is instead of x, which leaves notches that the nearest point
+    would have it cycle in. States that no round makes safe come back as unsafe, moved or not: the caller decides. margin: a
+    number or one for each barrier (K,).
+    """
+    xp = namespace(x)
+    wide = x.astype(np.float64) if xp is np else x.double()
+    y, aim = wide + 0.0, like(wide, margin) + tolerance / 2
+    if not barriers:
+        return x, wide[..., 0] == wide[..., 0]
+    b = values(barriers, y, time) - aim
+    for step in range(iterations):
+        unsafe = (b < 0).any(-1)
+        if not bool(unsafe.any()):
+            break
+        G = xp.stack([barrier.gradient(y, time) for barrier in barriers], -2)
+        origin = wide if step < iterations // 2 else y
+        move, _ = least_change((origin - y)[unsafe], G[unsafe], -b[unsafe])
+        y[unsafe] = y[unsafe] + move
+        b = values(barriers, y, time) - aim
+    safe = (b >= -tolerance / 2).all(-1)
+    return (y.astype(x.dtype) if xp is np else y.to(x.dtype)), safe

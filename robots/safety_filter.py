@@ -1,0 +1,188 @@
+"""A control-barrier filter on the executed action: the least change that leaves the robot able to stop safely.
+
+For robots whose action accelerates the features that the barriers read (relative degree 2). With the linear model
+s+ = A s + B u, an action u is allowed when the whole way on which the robot would come to rest after it stays safe:
+
+    h(s+) = min_{0 <= theta <= 1} b(p+ + theta d(v+))  >=  margin + (1 - gamma) (h(s) - margin)
+    d(v)  = v |v| / (2 a) + v dt / 2                   the way to rest at a constant deceleration a
+
+(the minimum bounded from below between samples, as b changes by at most one for one)
+which is a discrete-time control barrier function (Agrawal and Sreenath 2017, eq. 13) with braking as its backup
+(Gurriet et al. 2020): from a state that satisfies it, braking does, so a safe action always exists while the model
+holds. `u` nearest to the wanted action solves a quadratic program with h linearized at u, repeated, and the result is
+checked against h itself. Barriers that move are seen in their own frame, in which braking means to move along.
+
+Where no allowed action is found the robot brakes, and `infeasible` counts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from robots.barriers import Barrier, from_rows, least_change
+
+
+@dataclass(frozen=True, eq=False)
+class LinearModel:
+    """s+ = A s + B u every dt seconds, s (Do,) the state observation, position and velocity slices of it of one width,
+    low and high the limits of u (Da,)."""
+
+    A: np.ndarray
+    B: np.ndarray
+    dt: float
+    low: np.ndarray
+    high: np.ndarray
+    position: slice = field(default_factory=lambda: slice(0, 2))
+    velocity: slice = field(default_factory=lambda: slice(2, 4))
+
+    @classmethod
+    def identify(
+        cls, states: np.ndarray, actions: np.ndarray, following: np.ndarray, dt: float, low: np.ndarray, high: np.ndarray
+    ) -> LinearModel:
+        """The model that fits recorded steps best: states (N, Do), actions (N, Da) and the states that followed."""
+        inputs = np.concatenate([states, actions], 1)
+        weights = np.linalg.lstsq(inputs, following, rcond=None)[0].T
+        width = states.shape[1]
+        return cls(weights[:, :width], weights[:, width:], dt, low, high)
+
+    @property
+    def deceleration(self) -> float:
+        """What the limits allow in every direction from every middle action, in velocity a second."""
+        inverse = np.linalg.inv(self.B[self.velocity])
+        reach = np.minimum(self.high, -self.low) / np.linalg.norm(inverse, axis=1)
+        return float(reach.min()) / self.dt
+
+
+class SafetyFilter:
+    """Filters the actions of n robots. barriers: constant ones on the position; those of the observation's "hazards"
+    (n, K, 7) join them. margin: what must remain, in metres. gamma in (0, 1]: the share of h that one step may use up.
+    reserve: the share of the deceleration that braking counts on; the rest is for what the model leaves out.
+    """
+
+    THETA = np.linspace(0.0, 1.0, 9)
+
+    def __init__(
+        self,
+        model: LinearModel,
+        barriers: Sequence[Barrier] = (),
+        *,
+        margin: float = 0.01,
+        gamma: float = 1.0,
+        reserve: float = 0.8,
+        iterations: int = 4,
+    ) -> None:
+        self.model, self.barriers = model, list(barriers)
+        self.margin, self.gamma, self.iterations = margin, gamma, iterations
+        self.braking = reserve * model.deceleration
+        self.reset(0)
+
+    def reset(self, n: int) -> None:
+        """Start n episodes: counts (n,) of the actions filtered, changed, and left without an allowed one."""
+        self.filtered, self.changed, self.infeasible = (np.zeros(n, dtype=np.int64) for _ in range(3))
+
+    def __call__(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
+        """The actions (n, Da) to carry out in place of the wanted ones, of observations {"state": (n, Do), ...}."""
+        state = np.asarray(observation["state"], dtype=np.float64)
+        rows = np.asarray(observation.get("hazards", np.zeros((len(state), 0, 7))), dtype=np.float64)
+        if len(self.filtered) != len(state):
+            self.reset(len(state))
+        self.filtered += 1
+        u = np.clip(np.asarray(actions, dtype=np.float64), self.model.low, self.model.high)
+        barriers = self.barriers + from_rows(rows)
+        if not barriers:
+            return u
+        bound = self._bound(barriers, state)
+        wrong = ~(self._after(barriers, state, u)[0] >= bound).all(-1)
+        if wrong.any():
+            self.changed[wrong] += 1
+            barriers = self.barriers + from_rows(rows[wrong])
+            u[wrong], lost = self._correct(barriers, state[wrong], u[wrong], bound[wrong])
+            self.infeasible[wrong] += lost
+        return u
+
+    def brake(self, state: np.ndarray) -> np.ndarray:
+        """The stop action (n, Da): straight against the velocity, as hard as the limits allow and the rest needs."""
+        model = self.model
+        u = -np.linalg.solve(model.B[model.velocity], (state @ model.A.T)[:, model.velocity].T).T
+        over = np.maximum(u / np.where(u > 0, model.high, model.low), 1e-9).max(axis=1, keepdims=True)
+        return u / np.maximum(over, 1.0)
+
+    def _bound(self, barriers: Sequence[Barrier], state: np.ndarray) -> np.ndarray:
+        """What h (n, K) must keep to after this step."""
+        bound = np.full((len(state), len(barriers)), self.margin)
+        if self.gamma < 1:
+            now = self._stopping(barriers, state, 0.0)[0].min(-1)
+            bound += (1 - self.gamma) * (now - self.margin).clip(min=0.0)
+        return bound
+
+    def _correct(
+        self, barriers: Sequence[Barrier], state: np.ndarray, wanted: np.ndarray, bound: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest allowed actions (n, Da) that were found, the brake where none was, and where it breaks h too."""
+        brake = self.brake(state)
+        u, best = brake.copy(), np.full(len(state), np.inf)
+        # from the wish and from the brake: h is not concave in u, and each finds its own side of an obstacle
+        for start in (wanted, brake):
+            at = start
+            for _ in range(self.iterations):
+                at = self._solve(barriers, state, wanted, at, bound)
+                cost = np.linalg.norm(at - wanted, axis=1)
+                better = (cost < best) & (self._after(barriers, state, at)[0] >= bound - 1e-9).all(-1)
+                u[better], best[better] = at[better], cost[better]
+        # of the brake itself the samples alone are asked: the bound between them has no room for it
+        slack = self._after(barriers, state, brake)[1] - bound
+        return u, np.isinf(best) & (slack < -1e-6).any(-1)
+
+    def _after(self, barriers: Sequence[Barrier], state: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """h (n, K) after actions u, bounded between the samples, and at the samples alone."""
+        bounded, b = self._stopping(barriers, self._next(state, u), self.model.dt)[:2]
+        return bounded.min(-1), b.min(-1)
+
+    def _next(self, state: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        return state @ self.model.A.T + actions @ self.model.B.T
+
+    def _stopping(self, barriers: Sequence[Barrier], state: np.ndarray, time: float) -> tuple[np.ndarray, ...]:
+        """On the ways to rest from states (n, Do): b between neighbouring samples at least (n, K, M - 1), b at the
+        samples (n, K, M), and the former's gradients by p and by v (n, K, M - 1, d)."""
+        model, shape = self.model, (len(state), len(barriers), len(self.THETA))
+        position, velocity = state[:, model.position], state[:, model.velocity]
+        d, theta = position.shape[1], self.THETA[:, None]
+        b, spacing = np.empty(shape), np.empty(shape[:2])
+        by_p, by_v = np.empty((*shape, d)), np.empty((*shape, d))
+        points = np.zeros((len(state), len(theta), state.shape[1]))
+        for k, barrier in enumerate(barriers):
+            relative = velocity if barrier.velocity is None else velocity - np.asarray(barrier.velocity)
+            speed = np.linalg.norm(relative, axis=1)[:, None]
+            unit = relative / np.maximum(speed, 1e-9)
+            factor = speed / (2 * self.braking) + model.dt / 2
+            jacobian = factor[..., None] * np.eye(d) + (speed * unit)[..., None] * unit[:, None] / (2 * self.braking)
+            points[..., model.position] = position[:, None] + theta * (relative * factor)[:, None]
+            b[:, k], gradient = barrier.both(points, time)
+            by_p[:, k] = gradient[..., model.position]
+            by_v[:, k] = theta * np.einsum("nmi,nij->nmj", by_p[:, k], jacobian)
+            spacing[:, k] = (speed * factor)[:, 0] / (len(theta) - 1)
+        between = (b[..., 1:] + b[..., :-1] - spacing[..., None]) / 2
+        by_p, by_v = ((g[..., 1:, :] + g[..., :-1, :]) / 2 for g in (by_p, by_v))
+        return between, b, by_p, by_v
+
+    def _solve(
+        self, barriers: Sequence[Barrier], state: np.ndarray, wanted: np.ndarray, at: np.ndarray, bound: np.ndarray
+    ) -> np.ndarray:
+        """The action nearest to `wanted` within the limits and h linearized at `at`, where there is one, else `at`."""
+        model = self.model
+        b, _, by_p, by_v = self._stopping(barriers, self._next(state, at), model.dt)
+        worst = b.argmin(-1)[..., None]
+        rows = np.take_along_axis(b, worst, -1)[..., 0]
+        slope = by_p @ model.B[model.position] + by_v @ model.B[model.velocity]
+        G = np.take_along_axis(slope, worst[..., None], 2)[:, :, 0]
+        h = bound - rows + (G * at[:, None]).sum(-1) + 1e-6
+        size, n = wanted.shape[1], len(wanted)
+        box = np.broadcast_to(np.concatenate([np.eye(size), -np.eye(size)]), (n, 2 * size, size))
+        edges = np.broadcast_to(np.concatenate([model.low, -model.high]), (n, 2 * size))
+        # scaled, so that one tolerance fits all constraints
+        norm = np.maximum(np.linalg.norm(G, axis=-1), 1e-12)
+        u, found = least_change(wanted, np.concatenate([G / norm[..., None], box], 1), np.concatenate([h / norm, edges], 1))
+        return np.where(found[:, None], np.clip(u, model.low, model.high), at)
