@@ -67,13 +67,14 @@ def test_differences_are_measured_within_episodes(store):
     model = build("diffusion_world_model", store, history=2, forecast="hold")
     o = store.columns["observation"].reshape(60, 40, 4)
 
-    def spread(k):
+    def moved(k):
         return np.sqrt(((o[:, k:] - o[:, :-k]) ** 2).mean((0, 1)))
 
-    np.testing.assert_allclose(model.difference[0].numpy(), spread(1), rtol=0.05)
-    for error in model.error.numpy():
-        np.testing.assert_allclose(error[0], spread(1), rtol=0.05)
-        np.testing.assert_allclose(error[7], spread(8), rtol=0.05)
+    np.testing.assert_allclose(model.difference[0].numpy(), moved(1), rtol=0.05)
+    for error, usual in zip(model.error.numpy(), model.usual.numpy()):
+        np.testing.assert_allclose(error, moved(1), rtol=0.05)
+        np.testing.assert_allclose(usual[0], moved(1), rtol=0.05)
+        np.testing.assert_allclose(usual[7], moved(8), rtol=0.05)
     np.testing.assert_allclose(model.deviation.numpy(), o.reshape(-1, 4).std(0), rtol=1e-4)
 
 
@@ -86,15 +87,18 @@ def test_the_linear_forecast_is_exact_where_the_world_is_linear_and_ignores_cont
     model = build(name, store, history=2)
     clear = double_integrator(episodes=20, seed=1)
     o = clear.columns["observation"].reshape(20, 40, 4)
-    a = model.normalizer.normalize("action", torch.from_numpy(clear.columns["action"].reshape(20, 40, 2)))
+    a = torch.from_numpy(clear.columns["action"].reshape(20, 40, 2))[:, :2]
+    past, noise = torch.from_numpy(o[:, :2]), torch.tensor([[[100.0], [0.0]]])
     for known in (True, False):
         mask = torch.tensor([[known, True]]).expand(20, -1)
-        forecast, error = model.forecast(torch.from_numpy(o[:, :2]), mask, a[:, : 1 + model.T])
-        np.testing.assert_allclose(forecast.numpy(), o[:, 2 : 2 + model.T], atol=2e-3)
+        step = model.step(past, mask, a)
+        np.testing.assert_allclose(step.forecast.numpy(), o[:, 2], atol=2e-3)
     # what is hidden does not count
-    noise = torch.from_numpy(o[:, :2]) + torch.tensor([[[100.0], [0.0]]])
-    np.testing.assert_array_equal(model.forecast(noise, mask, a[:, : 1 + model.T])[0].numpy(), forecast.numpy())
-    assert (error > 0.05).all()
+    np.testing.assert_array_equal(model.step(past + noise, mask, a).condition.numpy(), step.condition.numpy())
+    assert (step.scale > 0.05).all()
+    # nor does autocast round it
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(model.step(past, mask, a).forecast.numpy(), step.forecast.numpy())
 
 
 def test_a_fresh_model_predicts_its_forecast(store):
@@ -103,18 +107,42 @@ def test_a_fresh_model_predicts_its_forecast(store):
     np.testing.assert_allclose(observations, 0.5, atol=1e-5)
 
 
-def test_levels_say_what_is_known():
-    model = build("diffusion_world_model", history=3, horizon=4)
-    observation, reward, action = range(3)
-    clean = model.clean(torch.tensor([[True, True, True], [False, False, True]]))
-    assert clean.shape == (2, 7, 4)
-    assert clean[:, :, 3].all()  # the forecast
-    assert not clean[:, 3:, [observation, reward]].any()
-    assert clean[:, 3:, action].all()
-    assert clean[0, :3].all()
-    # only the present is known: earlier observations are asked for, and so are the actions between them
-    assert clean[1, :3, observation].tolist() == [False, False, True]
-    assert clean[1, :3, action].tolist() == [True, False, False]
+def test_the_forecast_is_carried_on(store):
+    """A linear world is known to its last step, and the noisy states are 0 beside that."""
+    model = build("diffusion_world_model", store)
+    o = torch.from_numpy(store.columns["observation"].reshape(60, 40, 4))
+    a = torch.from_numpy(store.columns["action"].reshape(60, 40, 2))
+    outlook = model.outlook(o[:, :1], torch.ones(60, 1, dtype=torch.bool), a[:, :8])
+    np.testing.assert_allclose(outlook.forecast.numpy(), o[:, 1:9], atol=2e-3)
+
+
+def test_pure_noise_says_nothing_and_clean_states_say_all(store):
+    """What the cell sees beside a step's condition: 0 at t = 1, and at t = 0 where the clean state lies."""
+    model = build("diffusion_world_model", store, forecast="hold")
+    o = torch.from_numpy(store.columns["observation"].reshape(60, 40, 4))
+    a = torch.from_numpy(store.columns["action"].reshape(60, 40, 2))
+    outlook = model.outlook(o[:, :1], torch.ones(60, 1, dtype=torch.bool), a[:, :8])
+    simulator = model.denoiser.network
+    seen = []
+    simulator.cell.register_forward_pre_hook(lambda cell, inputs: seen.append(inputs[0][:, 0].detach()))
+    x = torch.randn(60, 8, 5)
+    simulator(x, torch.ones(60, 8, 2), outlook)
+    assert all((each == 0).all() for each in seen)
+    seen.clear()
+    x_0 = (o[:, 1:9] - outlook.forecast) / outlook.usual
+    simulator(torch.cat([x_0, x[..., 4:]], 2), torch.zeros(60, 8, 2), outlook)
+    # the fresh cell corrects nothing: every estimate is o_0, and the clean state lies o_k - o_0 from it
+    for k, each in enumerate(seen):
+        np.testing.assert_allclose(each[:, :4].numpy(), ((o[:, k + 1] - o[:, 0]) / outlook.usual[:, k]).numpy(), atol=1e-5)
+        np.testing.assert_allclose(each[:, 4:].numpy(), x[:, k, 4:].numpy(), atol=1e-6)
+
+
+def test_levels_favour_noise_as_configured(store):
+    for noise in (1.0, 2.0, 4.0):
+        levels = build("diffusion_world_model", noise=noise).levels(4000, torch.Generator().manual_seed(0))
+        assert 0 < levels.min() <= levels.max() <= 1
+        # the mean of the density noise t^(noise - 1)
+        np.testing.assert_allclose(levels.mean().item(), noise / (noise + 1), atol=1e-3)
 
 
 def test_training_hides_the_past_of_some_windows_and_never_the_present():
@@ -192,6 +220,21 @@ def test_an_action_changes_the_steps_after_it(trained, name):
     np.testing.assert_allclose((r_after - r_before)[0], [0, 0, 0, 0, 1, 0, 0, 0], atol=0.3)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_past_counts_where_velocities_are_hidden(store, name):
+    hidden = store.select(range(store.episodes))
+    hidden.columns = {**store.columns, "observation": store.columns["observation"][:, [0, 1, 0, 1]]}
+    model = fit(build(name, hidden, history=2, forget=0.3), hidden, steps=100)
+    o = hidden.columns["observation"].reshape(60, 40, 4)
+    a = hidden.columns["action"].reshape(60, 40, 2)
+
+    def error(*history):
+        return np.abs(model.rollout(history[0], a[:, 1:9], *history[1:])[0] - o[:, 2:10]).mean()
+
+    # with the past the world is linear, and the forecast exact
+    assert error(o[:, :2], a[:, :1]) < 0.01 * error(o[:, 1])
+    # observations without the actions between them were never trained on, and count as the last one alone
+    assert error(o[:, :2]) == pytest.approx(error(o[:, 1]))
 
 
 def test_samples_are_averaged_and_seeds_matter(store, trained):

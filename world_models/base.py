@@ -1,4 +1,4 @@
-"""What world models share: statistics of the data, histories, and roll-outs past their own horizon.
+"""What world models share: coordinates, statistics of the data, histories, and roll-outs past their own horizon.
 
 Step indices: a window's token `now` is the last known observation o_0; the tokens before it are the past, and token
 now + k holds (o_k, r_k, a_{k-1}): the observation, the reward that came with it, and the action that led there.
@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offline import Algorithm, DataSpec, Normalizer, Windows
 from pilotwave.errors import UserError, nearest
+from world_models.frame import build_frame
 
 if TYPE_CHECKING:
     from offline.store import TrajectoryStore
 
 _NEGLIGIBLE = 3e-4  # deviations of the data
 _NUMBERS = 3_000_000  # that the forecast is fitted to, at most
+_ROWS = 10_000  # that the frame is fitted to, at most
 
 
 def _hold(linear: Tensor, inputs: Tensor, change: Tensor) -> None:
@@ -50,18 +53,57 @@ _ROUNDS = 8
 FORECASTS = {"hold": _hold, "linear": _linear}
 
 
-def _scale(x: Tensor) -> Tensor:
-    """Root mean square over the first axis, 1 where there is nothing."""
-    spread = x.double().square().mean(0).sqrt()
-    return torch.where(spread > 1e-6, spread, torch.ones_like(spread)).float()
+def spread(x: Tensor) -> Tensor:
+    """Root mean square over the first axis."""
+    return x.double().square().mean(0).sqrt().float()
+
+
+@dataclass
+class Scene:
+    """What is known, in the coordinates of the frame at o_0: past states (B, h, Dz), of which `known` (B, h) are meaningful,
+    and actions (B, h - 1 + T, Da), past ones first. `origin` is where those coordinates lie."""
+
+    past: Tensor
+    known: Tensor
+    action: Tensor
+    origin: Any
+
+
+@dataclass
+class Step:
+    """One step ahead of a state `at` (B, Dz), in its own coordinates: the forecast and its usual error (B, Dz), and
+    what a network may know of it, `condition` (B, C)."""
+
+    at: Tensor
+    forecast: Tensor
+    scale: Tensor
+    condition: Tensor
+
+
+class RewardReader(nn.Module):
+    """r(o_0, a_0, o_1), normalized, from normalized observations (..., Do) and actions (..., Da) -> (..., 1)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, width: int = 128) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Linear(2 * observation_dim + action_dim, width)]
+        for _ in range(2):
+            layers += [nn.LayerNorm(width), nn.GELU(approximate="tanh"), nn.Linear(width, width)]
+        self.layers = nn.Sequential(*layers, nn.GELU(approximate="tanh"), nn.Linear(width, 1))
+
+    def forward(self, before: Tensor, action: Tensor, after: Tensor) -> Tensor:
+        with torch.autocast(before.device.type, enabled=False):
+            out: Tensor = self.layers(torch.cat([before, action, after], -1))
+        return out
 
 
 class WorldModel(Algorithm):
     """A model of o_1..o_T, r_1..r_T given o_{1-h}..o_0, the actions between them, and a_0..a_{T-1}.
 
     Config of all of them: history h, horizon T (steps predicted at once), reward (learn the reward column), forecast, forget
-    (share of training windows whose past is hidden, so that the model also starts from a single observation).
-    Observations are predicted relative to a `forecast`, divided by its usual error, so that what is simple comes exact: with
+    (share of training windows whose past is hidden, so that the model also starts from a single observation), bodies (see
+    `world_models.frame`). States are the observations in the coordinates of the frame, Dz numbers.
+    With bodies, the place in the world is not seen, and rewards are read from the imagined observations by a small network.
+    The next state is predicted relative to a `forecast`, divided by its usual error, so that what is simple comes exact: with
     "hold" a robot that stays where it is, with "linear" a linear function of past and actions, fitted once to the data.
     """
 
@@ -78,19 +120,24 @@ class WorldModel(Algorithm):
         self.h, self.T, self.reward = int(config["history"]), int(config["horizon"]), bool(config["reward"])
         if min(self.h, self.T) < 1:
             raise UserError(f"world_model.history={self.h}, world_model.horizon={self.T}; each must be at least 1")
-        groups = {"observation": spec.observation_dim, "action": spec.action_dim} | ({"reward": 1} if self.reward else {})
+        do, da = spec.observation_dim, spec.action_dim
+        self.frame = build_frame(do, da, config["bodies"])
+        dz = self.frame.features
+        # rewards are predicted with the states where these are observations, else read from what was imagined
+        self.joint = self.reward and not config["bodies"]
+        self.reader = RewardReader(do, da) if self.reward and not self.joint else None
+        groups = {"observation": do, "state": dz, "action": da, "world_action": da} | ({"reward": 1} if self.reward else {})
         self.normalizer = Normalizer.from_shapes(groups, "gaussian")
         if config["forecast"] not in FORECASTS:
             raise nearest("world_model.forecast", str(config["forecast"]), FORECASTS)
-        # deviations of the data (errors are measured in these), and of past observations from o_0
-        self.register_buffer("deviation", torch.ones(spec.observation_dim))
+        # deviations of the data (errors are measured in these), and of past states from the present one
+        self.register_buffer("deviation", torch.ones(do))
         self.register_buffer("reward_deviation", torch.ones(()))
-        self.register_buffer("difference", torch.ones(self.h - 1, spec.observation_dim))
-        # the forecast's usual error, without and with a known past
-        self.register_buffer("error", torch.ones(2, self.T, spec.observation_dim))
-        # the linear forecast's coefficients, without and with a known past; zero for a robot that stays
-        inputs = 1 + self.h * spec.observation_dim + (self.h - 1 + self.T) * spec.action_dim
-        self.register_buffer("linear", torch.zeros(2, inputs, self.T * spec.observation_dim))
+        self.register_buffer("difference", torch.ones(self.h - 1, dz))
+        # the forecast's usual error, and its coefficients (zero for a robot that stays), without and with a known past
+        self.register_buffer("error", torch.ones(2, dz))
+        self.register_buffer("linear", torch.zeros(2, 1 + self.h * (dz + da), dz))
+        self.condition_dim = (self.h + 1) * dz + self.h * (da + 1)
 
     @abstractmethod
     def predict(
@@ -98,51 +145,64 @@ class WorldModel(Algorithm):
     ) -> tuple[Tensor, Tensor | None]:
         """past (B, h, Do), whose tokens are meaningful where `known` (B, h); actions (B, h - 1 + T, Da), past ones first.
 
-        All in the task's units -> o_1..o_T (B, T, Do), r_1..r_T (B, T) or None.
+        All in the task's units -> o_1..o_T (B, T, Do), r_1..r_T (B, T), None unless they are predicted with the states.
         """
 
     # -- training ------------------------------------------------------------------------------------------------------
 
     def prepare(self, store: TrajectoryStore) -> None:
-        columns = {"observation": store.columns["observation"], "action": store.columns["action"]}
-        if self.reward:
-            if "reward" not in store.columns:
-                raise UserError(f"{store.source or 'the data'} has no rewards to learn; add world_model.reward=false")
-            columns["reward"] = store.columns["reward"]
-            self.reward_deviation.fill_(max(float(np.std(columns["reward"])), 1e-6))
-        self.normalizer = Normalizer.fit(columns, "gaussian")
-        deviation = np.std(columns["observation"], axis=0, dtype=np.float64)
+        if self.reward and "reward" not in store.columns:
+            raise UserError(f"{store.source or 'the data'} has no rewards to learn; add world_model.reward=false")
+        observation = store.columns["observation"]
+        deviation = np.std(observation, axis=0, dtype=np.float64)
         self.deviation.copy_(torch.from_numpy(np.where(deviation > 1e-6, deviation, 1.0)))
-        self._fit_forecast(store)
+        rows = np.linspace(0, len(observation) - 1, min(len(observation), _ROWS)).astype(int)
+        self.frame.fit(torch.from_numpy(observation[rows]))
+        batch = self.whole_windows(store)
+        origin = self.frame.origin(batch["observation"][:, self.h - 1])
+        columns: dict[str, np.ndarray | Tensor] = {
+            "observation": observation,
+            "world_action": store.columns["action"],
+            "state": self.frame.enter(batch["observation"], origin),
+            "action": self.frame.enter_actions(batch["action"][:, :-1], origin),
+        }
+        if self.reward:
+            columns["reward"] = store.columns["reward"]
+            self.reward_deviation.fill_(max(float(np.std(store.columns["reward"])), 1e-6))
+        self.normalizer = Normalizer.fit(columns, "gaussian")
+        self._fit_forecast(batch)
 
-    def _fit_forecast(self, store: TrajectoryStore) -> None:
+    def whole_windows(self, store: TrajectoryStore) -> dict[str, Tensor]:
+        """Windows without padding, evenly from all the data, as many as the forecast is fitted to."""
         windows = self.windows(store, "cpu")
-        whole = windows.first >= windows.starts[windows.episode]  # no padding before
-        rows = torch.nonzero(whole).flatten()
+        rows = torch.nonzero(windows.first >= windows.starts[windows.episode]).flatten()
         if not len(rows):
             raise UserError(f"no episode is as long as history + horizon = {self.h + self.T} steps; shorten them")
-        most = max(1000, _NUMBERS // (self.error.numel() + self.linear.shape[1]))
-        batch = windows.gather(rows[torch.linspace(0, len(rows) - 1, min(len(rows), most)).long()])
-        past, future = batch["observation"].split([self.h, self.T], 1)
-        action = batch["action"][:, :-1]
-        self.difference.copy_(_scale(past[:, :-1] - past[:, -1:]))
-        for k, known in enumerate((False, True)):
-            mask = torch.full((len(past), self.h), known).logical_or(self._now)
-            FORECASTS[self.config["forecast"]](
-                self.linear[k], self._inputs(past, mask, action), (future - past[:, -1:]).flatten(1)
-            )
+        most = max(1000, _NUMBERS // ((self.h + self.T) * self.linear.shape[1]))
+        return windows.gather(rows[torch.linspace(0, len(rows) - 1, min(len(rows), most)).long()])
+
+    def _fit_forecast(self, batch: dict[str, Tensor]) -> None:
+        everything = torch.ones(len(batch["observation"]), self.h, dtype=torch.bool)
+        scene = self.scene(batch["observation"][:, : self.h], everything, batch["action"][:, : self.h])
+        now, past = scene.past[:, -1], scene.past[:, :-1]
+        change = self.frame.enter(batch["observation"][:, self.h : self.h + 1], scene.origin)[:, 0] - now
+        difference = spread(past - now[:, None])
+        self.difference.copy_(torch.where(difference > 1e-6, difference, torch.ones_like(difference)))
+        action = self.normalizer.normalize("action", scene.action)
+        for k, known in enumerate((everything & self._now, everything)):
+            inputs = self._inputs(self.relative_past(scene.past), known, action)
+            FORECASTS[self.config["forecast"]](self.linear[k], inputs, change)
             # what is known better than this needs no more: targets of mere rounding would be noise to learn
-            error = _scale(future - self.forecast(past, mask, action)[0])
-            self.error[k] = torch.maximum(error, _NEGLIGIBLE * self.deviation)
+            self.error[k] = torch.maximum(spread(change - inputs @ self.linear[k]), self.negligible())
+
+    def negligible(self) -> Tensor:
+        """Differences of states (Dz,) that do not count."""
+        same = self.frame.features == self.spec.observation_dim
+        return _NEGLIGIBLE * (self.deviation if same else self.deviation.mean())
 
     def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
         columns = ["observation", "action"] + (["reward"] if self.reward else [])
-        windows = Windows(store, self.h + self.T, columns=columns, pad_before=self.h - 1, device=device)
-        for key in columns[1:]:
-            column = windows.columns[key].float()
-            column = column[:, None] if column.ndim == 1 else column
-            windows.columns[key] = self.normalizer.to(device).normalize(key, column)
-        return windows
+        return Windows(store, self.h + self.T, columns=columns, pad_before=self.h - 1, device=device)
 
     def known_past(self, valid: Tensor, generator: torch.Generator) -> Tensor:
         """Which past tokens (B, h) training shows: the real ones, but for `forget` of the windows only the last."""
@@ -152,30 +212,59 @@ class WorldModel(Algorithm):
         known[:, :-1] &= kept
         return known
 
-    def _inputs(self, past: Tensor, known: Tensor, action: Tensor) -> Tensor:
-        """What the linear forecast depends on, (B, inputs): past (B, h, Do), known (B, h), normalized actions."""
-        x = self.relative_past(past) * known[..., None]
-        before = action[:, : self.h - 1] * known[:, :-1, None]
-        return torch.cat([torch.ones_like(x[:, :1, 0]), x.flatten(1), before.flatten(1), action[:, self.h - 1 :].flatten(1)], 1)
+    def _inputs(self, relative: Tensor, known: Tensor, action: Tensor) -> Tensor:
+        """What the linear forecast depends on, (B, inputs): `relative_past` (B, h, Dz), known (B, h), actions (B, h, Da)."""
+        x = relative * known[..., None]
+        before = action[:, :-1] * known[:, :-1, None]
+        return torch.cat([torch.ones_like(x[:, :1, 0]), x.flatten(1), before.flatten(1), action[:, -1]], 1)
 
-    def forecast(self, past: Tensor, known: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """What o_1..o_T would be if all were simple, and its usual error, each (B, T, Do) in the task's units: past (B, h, Do)
-        of which `known` (B, h) are meaningful, and normalized actions (B, h - 1 + T, Da)."""
+    def scene(self, past: Tensor, known: Tensor, actions: Tensor) -> Scene:
+        """past (B, h, Do) of which `known` (B, h) are meaningful, actions (B, h - 1 + T, Da), in the task's units."""
+        origin = self.frame.origin(past[:, -1])
+        return Scene(self.frame.enter(past, origin), known, self.frame.enter_actions(actions, origin), origin)
+
+    def step(self, past: Tensor, known: Tensor, action: Tensor) -> Step:
+        """The step from the last of states (B, h, Dz), of which `known` (B, h) are meaningful, under actions (B, h, Da)."""
+        at = past[:, -1]
+        state, action = self.frame.recentre(past, action, at)
+        action, relative = self.normalizer.normalize("action", action), self.relative_past(state)
         whole = known.all(1, keepdim=True)
-        inputs = self._inputs(past, torch.where(whole, known, self._now), action)
-        change = torch.where(whole, inputs @ self.linear[1], inputs @ self.linear[0])
-        forecast = past[:, -1:] + change.unflatten(1, (self.T, -1))
-        return forecast, torch.where(whole[..., None], self.error[1], self.error[0])
+        inputs = self._inputs(relative, torch.where(whole, known, self._now), action)
+        # autocast would round products to three digits, and the forecast is exact to six
+        with torch.autocast(at.device.type, enabled=False):
+            change = torch.where(whole, inputs @ self.linear[1], inputs @ self.linear[0])
+        forecast = state[:, -1] + change
+        seen = self.normalizer.normalize("state", forecast)
+        # hidden tokens of the past say nothing here either
+        condition = torch.cat([self._inputs(relative, known, action)[:, 1:], seen, known.to(seen.dtype)], 1)
+        return Step(at, forecast, torch.where(whole, self.error[1], self.error[0]), condition)
 
     @property
     def _now(self) -> Tensor:
         return torch.arange(self.h, device=self.deviation.device) == self.h - 1
 
     def relative_past(self, past: Tensor) -> Tensor:
-        """(B, h, Do) in the task's units -> (o_i - o_0) / difference_i, and at i = 0 the normalized observation itself."""
+        """States (B, h, Dz) -> (z_i - z_0) / difference_i, and at i = 0 the normalized state itself."""
         now = past[:, -1:]
-        earlier = (past[:, :-1] - now) / self.difference
-        return torch.cat([earlier, self.normalizer.normalize("observation", now)], 1)
+        return torch.cat([(past[:, :-1] - now) / self.difference, self.normalizer.normalize("state", now)], 1)
+
+    # -- rewards -------------------------------------------------------------------------------------------------------
+
+    def read(self, observation: Tensor, action: Tensor) -> Tensor:
+        """o_0..o_T (B, T + 1, Do) and a_0..a_{T-1} (B, T, Da) in the task's units -> r_1..r_T (B, T)."""
+        assert self.reader is not None
+        o, a = self.normalizer.normalize("observation", observation), self.normalizer.normalize("world_action", action)
+        return self.normalizer.denormalize("reward", self.reader(o[:, :-1], a, o[:, 1:]))[..., 0]
+
+    def reading_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The squared error of rewards that are read, 0 where they are not."""
+        if self.reader is None:
+            return torch.zeros((), device=self.deviation.device)
+        now = self.h - 1
+        o = self.normalizer.normalize("observation", batch["observation"][:, now:])
+        a = self.normalizer.normalize("world_action", batch["action"][:, now:-1])
+        reward = self.normalizer.normalize("reward", batch["reward"][:, now:-1, None])
+        return ((self.reader(o[:, :-1], a, o[:, 1:]) - reward) ** 2).mean()
 
     # -- imagination ---------------------------------------------------------------------------------------------------
 
@@ -218,6 +307,8 @@ class WorldModel(Algorithm):
             every = torch.cat([before, chunk], 1)
             future, reward = self.predict(past, known, every, generator)
             observations.append(future)
+            if self.reader is not None:
+                reward = self.read(torch.cat([past[:, -1:], future], 1), chunk)
             rewards.append(reward)
             past = torch.cat([past, future], 1)[:, -self.h :]
             known = torch.cat([known, torch.ones(future.shape[:2], dtype=torch.bool, device=device)], 1)[:, -self.h :]

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion.networks import build_network
 from offline import DataSpec, register
 from pilotwave.errors import UserError
-from world_models.base import WorldModel
+from world_models.base import Step, WorldModel
 
 
 @register
@@ -29,42 +29,38 @@ class OneStep(WorldModel):
         super().__init__(spec, config)
         if self.T != 1:
             raise UserError(f"world_model.horizon={self.T}; a one-step model has a horizon of 1")
-        condition = (self.h + 1) * spec.observation_dim + self.h * spec.action_dim + self.h
-        outputs = spec.observation_dim + int(self.reward)
+        self.outputs = self.frame.features + int(self.joint)
         self.network = build_network(
-            features=outputs, horizon=1, groups=1, condition_dim=condition, **config["network"]
+            features=self.outputs, horizon=1, groups=1, condition_dim=self.condition_dim, **config["network"]
         )
 
-    def output(self, past: Tensor, known: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """past (B, h, Do) in the task's units, known (B, h), normalized actions (B, h, Da) -> what the network says (B, Do [+ 1]),
-        and the forecast and its usual error (B, Do) that it is relative to."""
-        forecast, scale = self.forecast(past, known, action)
-        x = self.relative_past(past) * known[..., None]
-        action = torch.cat([action[:, :-1] * known[:, :-1, None], action[:, -1:]], 1)
-        seen = self.normalizer.normalize("observation", forecast)
-        condition = torch.cat([x.flatten(1), seen.flatten(1), action.flatten(1), known.to(x.dtype)], 1)
-        nothing = x.new_zeros(len(x), 1, self.spec.observation_dim + int(self.reward))
-        return self.network(nothing, nothing[..., :1], condition)[:, 0], forecast[:, 0], scale[:, 0]
+    def output(self, step: Step) -> Tensor:
+        """What the network says, (B, Dz [+ 1]): the next state beside the forecast, and its reward, normalized."""
+        nothing = step.at.new_zeros(len(step.at), 1, self.outputs)
+        return self.network(nothing, nothing[..., :1], step.condition)[:, 0].to(step.at.dtype)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         known = self.known_past(batch["valid"], generator)
         past, future = batch["observation"].split([self.h, 1], 1)
         noise = float(self.config["observation_noise"])
         if noise:
-            shape, device = past[:, -1:].shape, past.device
-            past = past + noise * torch.randn(shape, generator=generator, device=device) * self.error[1, 0]
-        out, forecast, scale = self.output(past, known, batch["action"][:, : self.h])
-        target = (future[:, 0] - forecast) / scale
-        if self.reward:
-            target = torch.cat([target, batch["reward"][:, -2]], 1)
-        loss = ((out - target) ** 2).mean()
+            past = past + noise * self.deviation * torch.randn(past.shape, generator=generator, device=past.device)
+        scene = self.scene(past, known, batch["action"][:, :-1])
+        step = self.step(scene.past, known, scene.action)
+        target = (self.frame.enter(future, scene.origin)[:, 0] - step.forecast) / step.scale
+        if self.joint:
+            target = torch.cat([target, self.normalizer.normalize("reward", batch["reward"][:, -2:-1])], 1)
+        loss = ((self.output(step) - target) ** 2).mean() + self.reading_loss(batch)
         return loss, {"loss": loss.detach()}
 
     def predict(
         self, past: Tensor, known: Tensor, actions: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        out, forecast, scale = self.output(past, known, self.normalizer.normalize("action", actions))
-        observations = forecast + out[:, : past.shape[2]] * scale
-        if not self.reward:
-            return observations[:, None], None
-        return observations[:, None], self.normalizer.denormalize("reward", out[:, past.shape[2] :])
+        scene = self.scene(past, known, actions)
+        step = self.step(scene.past, known, scene.action)
+        out = self.output(step)
+        state = step.forecast + out[:, : self.frame.features] * step.scale
+        observations = self.frame.leave(state[:, None], scene.origin)
+        if not self.joint:
+            return observations, None
+        return observations, self.normalizer.denormalize("reward", out[:, self.frame.features :])

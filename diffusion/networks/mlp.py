@@ -5,6 +5,8 @@ Sources: the residual MLP of IDQL (Hansen-Estruch et al. 2023); adaptive layer n
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,8 @@ class ResidualMLP(nn.Module):
     """(B, H, features), levels (B, H, groups), condition (B, condition_dim) -> (B, H, features).
 
     Every token's level goes in, so known tokens are told from noisy ones. `shortcut` adds a linear map of all inputs to
-    the output: what is linear in them is then learnt at once, and the blocks learn the rest.
+    the output: what is linear in them is then learnt at once, and the blocks learn the rest. `precise` keeps the first and
+    the last layer in float32 under autocast, for inputs whose fourth digit counts.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class ResidualMLP(nn.Module):
         dropout: float = 0.0,
         level_width: int = 128,
         shortcut: bool = False,
+        precise: bool = False,
     ) -> None:
         super().__init__()
-        self.shape = (horizon, features)
+        self.shape, self.precise = (horizon, features), precise
         # the highest level of the chunk as sinusoids, every token's level as it is
         self.level = LevelEmbedding(1, level_width)
         inputs = horizon * features + horizon * groups + condition_dim
@@ -68,12 +72,20 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         level = self.level(t.flatten(1).amax(dim=1, keepdim=True))
         parts = [x.flatten(1), t.flatten(1)] + ([] if condition is None else [condition])
-        inputs = torch.cat([part.to(level.dtype) for part in parts], dim=-1)
-        h = self.embed(inputs) + self.add_level(level)
+        dtype = self.embed.weight.dtype if self.precise else level.dtype
+        inputs = torch.cat([part.to(dtype) for part in parts], dim=-1)
+        with self._precision(x):
+            h = self.embed(inputs)
+        h = h + self.add_level(level)
         c = F.silu(level)
         for block in self.blocks:
             h = block(h, c)
-        out = self.out(F.gelu(self.norm(h), approximate="tanh"))
-        if self.shortcut is not None:
-            out = out + self.shortcut(inputs)
+        h = F.gelu(self.norm(h), approximate="tanh")
+        with self._precision(x):
+            out = self.out(h.to(dtype))
+            if self.shortcut is not None:
+                out = out + self.shortcut(inputs)
         return out.view(-1, *self.shape)
+
+    def _precision(self, x: Tensor) -> AbstractContextManager[object]:
+        return torch.autocast(x.device.type, enabled=False) if self.precise else nullcontext()
