@@ -38,7 +38,7 @@ def build(name, store=None, **changes):
     return model.eval()
 
 
-def fit(model, store, steps=400, lr=3e-3):
+def fit(model, store, steps=200, lr=3e-3):
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     windows = model.windows(store, "cpu")
