@@ -8,7 +8,8 @@ and actions To - 1 ... To - 2 + Ta of it are executed before the next decision (
 
 Where the last K actions are known too (`past_actions`), the chunk holds the T actions from now on, as differences from
 the last known one, and a history is given as its latest entry and the steps that led to it. It suits recordings at a
-high rate, where an action is close to the one before.
+high rate, where an action is close to the one before. `forecast` says what else is taken off the chunk: nothing ("hold"), or
+what ridge regression on the history expects of it ("linear"), so that the denoiser learns what no line explains.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from torch import Tensor, nn
 from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver
 from diffusion.networks import ImageEncoder, build_network
 from offline import Algorithm, DataSpec, Normalizer, Windows, register, retime
-from pilotwave.errors import UserError
+from pilotwave.errors import UserError, nearest
 from policies.controller import PolicyController
+from policies.ridge import Ridge
 
 if TYPE_CHECKING:
     from offline.store import TrajectoryStore
 
 _FITTED = 10_000  # windows that the normalizer of differences is fitted to
+_REGRESSED, _FOLDS = 100_000, 5  # windows that the forecast is fitted to, about, and its folds
+FORECASTS = ("hold", "linear")
 
 
 def _steps(history: Tensor) -> Tensor:
@@ -39,15 +43,18 @@ def _steps(history: Tensor) -> Tensor:
 
 @register
 class DiffusionPolicy(Algorithm):
-    """Config (configs/policy/diffusion_policy.yaml): observations To, past_actions K, horizon T, execute Ta, speed,
-    schedule, prediction, weighting, network, image_encoder, normalizer, sampler.
+    """Config (configs/policy/diffusion_policy.yaml): observations To, past_actions K, forecast, horizon T, execute Ta,
+    speed, schedule, prediction, weighting, network, image_encoder, normalizer, sampler.
 
     `past_actions` K is 0 where a policy sees observations alone; what it did before is then no shortcut for it to take.
-    `speed` s trains on the demonstrations carried out s times as fast.
+    `speed` s trains on the demonstrations carried out s times as fast. `pad_after` is how many steps a window may pass an
+    episode's end, where the last observation and action are repeated: execute - 1 (null) as in Chi et al.; with
+    horizon - 1 the policy also learns to hold its last action where the demonstrations end.
     """
 
     kind, name = "policy", "diffusion_policy"
     start: Tensor
+    linear: Tensor
 
     def __init__(self, spec: DataSpec, config: Mapping[str, Any]) -> None:
         super().__init__(spec, config)
@@ -61,10 +68,21 @@ class DiffusionPolicy(Algorithm):
                 f"a horizon of {self.T} cannot hold {self.first} past and {self.Ta} executed actions; make "
                 "policy.horizon at least policy.execute, and policy.observations - 1 more where policy.past_actions=0"
             )
+        forecast = config.get("forecast", "hold")
+        if forecast not in FORECASTS:
+            raise nearest("policy.forecast", str(forecast), FORECASTS)
+        if forecast == "linear" and not self.past:
+            raise UserError("policy.forecast=linear continues the last actions; give policy.past_actions=1 or more")
+        padding = config.get("pad_after")
+        self.pad_after = self.Ta - 1 if padding is None else int(padding)
         self.layout = Layout(action=spec.action_dim)
         self.normalizer = Normalizer.from_shapes(self._groups())
         if self.past:
             self.register_buffer("start", torch.zeros(spec.action_dim))  # what stands before an episode's first action
+        self.forecasts = forecast == "linear"
+        if self.forecasts:  # the regression's coefficients, the last row its offset
+            groups = self._groups()
+            self.register_buffer("linear", torch.zeros(groups["observation"] + groups["past"] + 1, groups["action"]))
         self.encoders = nn.ModuleDict({key: ImageEncoder(**config["image_encoder"]) for key in spec.images})
         image_dim = len(self.encoders) * 2 * int(config["image_encoder"].get("keypoints", 32))
         condition_dim = self.To * (spec.observation_dim + image_dim) + self.past * spec.action_dim
@@ -87,12 +105,35 @@ class DiffusionPolicy(Algorithm):
         if self.past:
             windows = self.recorded(store, "cpu", ())
             stride = max(1, len(windows) // _FITTED)
+            if self.forecasts:
+                self._fit_forecast(windows)
             batch = windows.gather(torch.arange(0, len(windows), stride))
             differences = self._differences(batch["observation"], batch["action"])
             self.start.copy_(torch.as_tensor(self._clip(store.columns["action"][store.starts]).mean(0)))
             self.normalizer = Normalizer.fit(differences, self.config["normalizer"])
         else:
             self.normalizer = Normalizer.fit(columns, self.config["normalizer"])
+
+    def _fit_forecast(self, windows: Windows) -> None:
+        """`linear` from windows in the data's units, folds of whole episodes."""
+        self.linear.zero_()
+        folds = min(_FOLDS, len(windows.starts))
+        ridge = Ridge(folds)
+        for index in torch.arange(0, len(windows), max(1, len(windows) // _REGRESSED)).split(256):
+            batch = windows.gather(index)
+            groups = self._differences(batch["observation"], batch["action"])
+            known = torch.cat([groups["observation"], groups["past"]], dim=-1)
+            ridge.add(known, groups["action"], windows.episode[index] % folds)
+        ridge.fit()
+        self.linear.copy_(torch.cat([ridge.w, (ridge.b + ridge.y0 - ridge.x0 @ ridge.w)[None]]))
+
+    def _forecast(self, known: Mapping[str, Tensor]) -> Tensor:
+        """What is taken off a chunk beside the last action (B, T Da), given the steps of a history in the data's units."""
+        if not self.forecasts:
+            return torch.zeros((), device=known["past"].device)
+        history = torch.cat([known["observation"], known["past"]], dim=-1)
+        with torch.autocast(history.device.type, enabled=False):  # targets in full precision
+            return history @ self.linear[:-1] + self.linear[-1]
 
     def _clip(self, actions: np.ndarray) -> np.ndarray:
         """Recorded commands as the robot would have carried them out."""
@@ -111,7 +152,7 @@ class DiffusionPolicy(Algorithm):
             self.window,
             columns=["observation", "action", *images],
             pad_before=self.now,
-            pad_after=self.Ta - 1 if pad_after is None else pad_after,
+            pad_after=self.pad_after if pad_after is None else pad_after,
             device=device,
         )
         clipped = self._clip(store.columns["action"])
@@ -131,7 +172,8 @@ class DiffusionPolicy(Algorithm):
         past = action[:, self.now - self.past : self.now]
         chunk = action[:, self.now :] - past[:, -1:]
         observation = observation[:, self.now - self.To + 1 : self.now + 1]
-        return {"observation": _steps(observation), "past": _steps(past), "action": chunk.flatten(1)}
+        known = {"observation": _steps(observation), "past": _steps(past)}
+        return known | {"action": chunk.flatten(1) - self._forecast(known)}
 
     def condition(self, known: Tensor, images: Mapping[str, Tensor]) -> Tensor:
         """Normalized histories (B, ...) and images (B, To, height, width, 3) -> (B, condition)."""
@@ -180,7 +222,8 @@ class DiffusionPolicy(Algorithm):
         x_T = noise * self.denoiser.schedule.sigma(torch.ones((), device=observation.device))
         x_0 = sample(lambda x, t: self.denoiser(x, t, condition), table, x_T, generator)
         if self.past:
-            actions = normalizer.denormalize("action", x_0.flatten(1)).view(shape) + past[:, -1:]
+            chunk = normalizer.denormalize("action", x_0.flatten(1)) + self._forecast(parts)
+            actions = chunk.view(shape) + past[:, -1:]
         else:
             actions = normalizer.denormalize("action", x_0)
         actions = actions[:, self.first : self.first + self.Ta]
@@ -194,9 +237,7 @@ class DiffusionPolicy(Algorithm):
         options = dict(sampler or self.config["sampler"])
         return solver(options.pop("name"), self.denoiser.schedule, options.pop("steps"), **options)
 
-    def act(
-        self, history: np.ndarray | Mapping[str, np.ndarray], generator: torch.Generator | None = None
-    ) -> np.ndarray:
+    def act(self, history: np.ndarray | Mapping[str, np.ndarray], generator: torch.Generator | None = None) -> np.ndarray:
         """(To, Do) -> (Ta, Da), or with a leading batch axis; a mapping adds images beside "observation", and the last
         K actions taken, "action" (K, Da), where the policy was trained with `past_actions`.
         """

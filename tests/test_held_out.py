@@ -12,7 +12,8 @@ import policies
 from offline import TrajectoryStore, load_run, read, save_run, write
 from pilotwave.errors import UserError
 from policies.controller import PolicyController
-from policies.held_out import PENALTIES, Ridge, held_out_error, joint_groups
+from policies.held_out import held_out_error, joint_groups
+from policies.ridge import PENALTIES, Ridge
 
 G1 = ["kLeftShoulderPitch", "kLeftElbow", "kLeftWristYaw", "kRightWristYaw", "kLeftHandThumbBend", "kRightHandPinky"]
 
@@ -98,11 +99,11 @@ def test_holding_is_measured_against_what_was_recorded(changes):
     np.testing.assert_allclose(hold["rmse"], np.sqrt(np.square(errors).mean()), rtol=1e-5)
 
 
-@pytest.mark.parametrize("past", [0, 3])
-def test_a_trained_policy_beats_both_baselines_and_one_sample(past):
+@pytest.mark.parametrize(("past", "forecast"), [(0, "hold"), (3, "hold"), (3, "linear")])
+def test_a_trained_policy_beats_both_baselines_and_one_sample(past, forecast):
     store = noisy_walks(40)
     training, held_out = store.split(8, 0)
-    policy = train(build(training, past_actions=past, normalizer="gaussian"), training, 300)
+    policy = train(build(training, past_actions=past, forecast=forecast, normalizer="gaussian"), training, 300)
     errors = held_out_error(policy, training, held_out, windows=150)["groups"]["action"]
     for measure in ("mae", "rmse"):
         best = errors["policy"][measure]
@@ -135,6 +136,39 @@ def test_a_chunk_is_relative_to_the_last_action():
     torch.testing.assert_close(groups["action"], moved["action"], atol=1e-5, rtol=0)
     chunk = groups["action"].view(10, 8, 2) + batch["action"][:, 2:3]
     torch.testing.assert_close(chunk, batch["action"][:, 3:])
+
+
+def test_with_a_linear_forecast_an_untrained_denoiser_left_out_is_the_regression():
+    """The forecast, as the policy takes it off and adds it, is the baseline's regression up to the padded windows."""
+    store = noisy_walks(40)
+    training, held_out = store.split(8, 0)
+    policy = build(training, past_actions=3, forecast="linear", normalizer="gaussian")
+    policy.denoiser.forward = lambda x, t, condition: torch.zeros_like(x)  # an expected residual of its mean, about 0
+    errors = held_out_error(policy, training, held_out, samples=2)["groups"]["action"]
+    assert errors["policy"]["rmse"] == pytest.approx(errors["linear_regression"]["rmse"], rel=0.05)
+    assert errors["policy"]["rmse"] < 0.95 * errors["hold_last_action"]["rmse"]
+
+
+def test_what_is_linear_in_the_history_leaves_no_residual():
+    """Straight lines of random place and velocity: exact, once windows padded before an episode's start are left out."""
+    g = torch.Generator().manual_seed(0)
+    a, v = torch.randn(64, 1, 2, generator=g), torch.randn(64, 1, 2, generator=g)
+    rows = (a + v * torch.arange(10.0)[:, None]).reshape(-1, 2).numpy()
+    store = TrajectoryStore({"observation": rows, "action": rows}, 10 * np.arange(1, 65), {}, 0.1, "lines", {})
+    policy = build(store, past_actions=2, forecast="linear", horizon=4, execute=4)
+    windows = policy.recorded(store, "cpu", (), 0)
+    whole = windows.first >= windows.starts[windows.episode]
+    windows.first, windows.episode = windows.first[whole], windows.episode[whole]
+    policy._fit_forecast(windows)
+    batch = windows.gather(torch.arange(len(windows)))
+    assert policy._differences(batch["observation"], batch["action"])["action"].abs().max() < 1e-3
+
+
+def test_a_forecast_needs_past_actions_and_a_known_name():
+    with pytest.raises(UserError, match="past_actions=1 or more"):
+        build(noisy_walks(), forecast="linear")
+    with pytest.raises(UserError, match="forecast"):
+        build(noisy_walks(), past_actions=2, forecast="linar")
 
 
 def test_it_acts_on_its_past_actions_and_asks_for_them():
