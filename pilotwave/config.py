@@ -30,7 +30,7 @@ LEAST = {
 }  # fmt: skip
 
 # Keys whose value is taken as it stands, so that a path needs no quotes against Hydra's grammar.
-PATHS = frozenset({"data", "out", "json", "video", "plot", "run", "actions", "baseline", "path", "port"})
+PATHS = frozenset({"data", "out", "json", "video", "plot", "run", "actions", "baseline", "path", "port", "demonstrations"})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ starts over from its own cell when a waypoint stays out of reach for 100 steps.
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -21,8 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pilotwave.errors import UserError
+from robots import replay
 from robots.controller import Chunk, Controller, Tracker
+from robots.replay import Demonstrations, door_replays
 from robots.tasks import Task, make
+from robots.tasks.adroit import AdroitDoor
 from robots.tasks.pointmaze import GOAL_RADIUS, PointMaze, cell_of
 from robots.tracking import DirectTracker
 
@@ -126,9 +130,7 @@ def maze_streams(
     start = controller._cells(observation["state"][:, :2])
     goals = np.array([task.draw_goal(rng, int(cell)) for rng, cell in zip(rngs, start)])
     fixed = np.array(task.maze.goal, dtype=np.float64)
-    kept = {
-        name: np.empty((length, streams, width), np.float32) for name, width in {"o": 4, "a": 2, "g": 2, "r": 1}.items()
-    }
+    kept = {name: np.empty((length, streams, width), np.float32) for name, width in {"o": 4, "a": 2, "g": 2, "r": 1}.items()}
     reached = 0
     for step in range(length):
         state = observation["state"].astype(np.float64)
@@ -160,8 +162,11 @@ def maze_streams(
     return data, facts | {"episodes": int(timeouts.sum()), "goals_reached": reached}
 
 
-COLLECTORS: dict[type[Task], Callable[..., tuple[dict[str, np.ndarray], dict[str, Any]]]] = {PointMaze: maze_streams}
-"""Task class -> (task, steps, seed, noise, progress) -> columns and facts."""
+COLLECTORS: dict[type[Task], tuple[Callable[..., tuple[dict[str, np.ndarray], dict[str, Any]]], float]] = {
+    PointMaze: (maze_streams, NOISE),
+    AdroitDoor: (door_replays, replay.NOISE),
+}
+"""Task class -> (task, steps, seed, noise, progress[, demonstrations]) -> columns and facts; and its usual noise."""
 
 
 DEMONSTRATORS: dict[type[Task], Callable[[Any, int], Controller]] = {
@@ -183,7 +188,8 @@ def collect(
     seed: int = 0,
     progress: Progress | None = None,
     *,
-    noise: float = NOISE,
+    noise: float | None = None,
+    demonstrations: Demonstrations | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Collect `steps` steps on a task (a name of `robots.make` with its options, or a task) and write D4RL HDF5.
@@ -193,16 +199,23 @@ def collect(
     map's fixed goal, as D4RL relabels maze2d: a function of the state that follows. The file's attributes hold the
     facts.
     The same arguments give the same file; it appears complete or not at all, so an interrupted run starts again.
+    noise: its standard deviation; the task's own when None. demonstrations: for tasks that are recorded by replaying them.
     progress: called with (steps done, steps). Returns the facts: path, steps, episodes, goals_reached, seconds, ...
     """
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise UserError(f"steps={steps}; collect needs a whole number of steps, 1 or more")
-    if not noise >= 0:
+    if noise is not None and not noise >= 0:
         raise UserError(f"noise={noise}; right is a standard deviation, 0 or more")
     task = make(task, **options) if isinstance(task, str) else task
-    collectors = [function for kind, function in COLLECTORS.items() if isinstance(task, kind)]
+    collectors = [entry for kind, entry in COLLECTORS.items() if isinstance(task, kind)]
     if not collectors:
-        raise UserError(f"no scripted controller for task '{task.spec.name}'; collect works with the pointmaze tasks")
+        raise UserError(
+            f"no scripted controller for task '{task.spec.name}'; collect works with the pointmaze tasks and adroit-door"
+        )
+    collector, usual = collectors[0]
+    more = {} if demonstrations is None else {"demonstrations": demonstrations}
+    if more and "demonstrations" not in inspect.signature(collector).parameters:
+        raise UserError(f"demonstrations= is for tasks recorded by replaying people; {task.spec.name} has a controller")
     path = Path(out)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -213,7 +226,7 @@ def collect(
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     began = time.perf_counter()
     try:
-        data, facts = collectors[0](task, int(steps), seed, noise, progress)
+        data, facts = collector(task, int(steps), seed, usual if noise is None else noise, progress, **more)
         facts = {"task": task.spec.name, "seed": seed, "steps": int(steps), "dt": task.spec.dt} | facts
         with h5py.File(part, "w") as file:
             for name, column in data.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pilotwave.config import compose
 from pilotwave.console import metrics_table, progress, writable
@@ -21,6 +22,26 @@ def run(overrides: Sequence[str]) -> None:
     from robots import make
     from robots.collect import collect
 
-    facts = collect(make(name, **options), cfg.steps, out, cfg.seed, progress("collecting"), noise=cfg.noise)
+    people = None if cfg.demonstrations is None else demonstrations(cfg.demonstrations)
+    task = make(name, **options)
+    facts = collect(task, cfg.steps, out, cfg.seed, progress("collecting"), noise=cfg.noise, demonstrations=people)
     metrics_table(facts, str(out))
-    print(f"train on it: pilotwave train planner=diffuser task={given(overrides, 'task')} data={out}")
+    algorithm = "planner=diffuser" if people is None else "policy=diffusion_policy"
+    print(f"train on it: pilotwave train {algorithm} task={given(overrides, 'task')} data={out}")
+
+
+def demonstrations(path: str) -> Any:
+    """Recorded actions, and the simulator's state where each episode began."""
+    import numpy as np
+
+    import offline
+    from robots.replay import Demonstrations
+
+    store = offline.read(path)
+    recorded = store.metadata.get("per_episode", {})
+    initial = {key: recorded.get(f"initial_states/{key}") for key in ("qpos", "qvel", "door_body_pos")}
+    missing = [key for key, value in initial.items() if value is None]
+    if missing:
+        raise UserError(f"{path} does not say where its episodes began: no initial_states/{missing[0]}")
+    actions = [store.episode(i)["action"] for i in range(store.episodes)]
+    return Demonstrations(actions, {key: np.asarray(value) for key, value in initial.items()})

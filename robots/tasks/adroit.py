@@ -184,6 +184,26 @@ class AdroitDoor(Task):
         self._env.close()
 
     @property
+    def model(self) -> Any:
+        """The MuJoCo model of all copies."""
+        return self._env.model
+
+    @property
+    def datas(self) -> Sequence[Any]:
+        """The `MjData` of each copy; for reading."""
+        return self._datas
+
+    @property
+    def palm(self) -> int:
+        """The number of the palm's site in the model."""
+        return int(self._env.grasp_site_id)
+
+    @property
+    def doors(self) -> np.ndarray:
+        """Where the door frames stand (n, 3), m."""
+        return self._doors
+
+    @property
     def _model_door(self) -> np.ndarray:
         return self._env.model.body_pos[self._env.door_body_id]
 
