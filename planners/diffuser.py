@@ -7,8 +7,9 @@ trajectories steers it (section 3.2, algorithm 1):
 
     d <- d + scale (sigma_t^2 / alpha_t) grad_x V(x_t, t)        eq. 3's shifted mean, written for the data prediction
 
-Training draws the arrival token at random, so that a plan may arrive early and stay; the paper's fixed last token is
-`arrivals: last`.
+Training draws the arrival token at random, so that a plan may arrive early and stay, and learns how long ways from o to g
+take in the data, p(k | o, g): asked to arrive sooner or later than the data ever did, a denoiser cuts through walls. The
+paper's fixed last token is `arrivals: last`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample, solver
-from diffusion.networks import build_network
+from diffusion.networks import FourierFeatures, build_network
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
 from pilotwave.errors import UserError, nearest
 from planners.controller import PlanController
@@ -34,20 +36,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arrivals:
-    """Where in the horizon the goal is pinned: in training (random tokens (B,)) and in planning (candidates)."""
+    """Where in the horizon the goal is pinned: in training (random tokens (B,)), and in planning (quantiles of when)."""
 
     train: Callable[[int, int, torch.Generator], Tensor]
-    candidates: Callable[[int, int], list[int]]
+    durations: bool  # learn p(arrival | first observation, goal), and plan for arrivals that it finds usual
 
 
 ARRIVALS = {
-    "last": Arrivals(lambda b, h, g: torch.full((b,), h - 1), lambda h, n: [h - 1]),
-    # candidates spread evenly, the last one always among them
-    "any": Arrivals(
-        lambda b, h, g: torch.randint(1, h, (b,), generator=g),
-        lambda h, n: sorted({h - 1 - round(i * (h - 1) / n) for i in range(n)}),
-    ),
+    "last": Arrivals(lambda b, h, g: torch.full((b,), h - 1), durations=False),
+    "any": Arrivals(lambda b, h, g: torch.randint(1, h, (b,), generator=g), durations=True),
 }
+
+
+class Durations(nn.Module):
+    """log p(k | o_0, g) over arrival tokens k = 1 .. H - 1, up to a constant: (..., Do + Dg) normalized -> (..., H - 1)."""
+
+    def __init__(self, inputs: int, horizon: int, width: int = 256, fourier: int = 4) -> None:
+        super().__init__()
+        self.fourier = FourierFeatures(inputs, fourier)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.fourier.output_dim, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, horizon - 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.fourier(x))
+
+    def quantiles(self, x: Tensor, q: Tensor) -> Tensor:
+        """Arrival tokens (B, n) before which a share q (n,) of the data's ways from x (B, Do + Dg) has arrived."""
+        cumulative = self(x).float().softmax(-1).cumsum(-1)
+        return (cumulative[:, None] < q[:, None]).sum(-1).clamp_max(cumulative.shape[-1] - 1) + 1
 
 
 @register
@@ -71,9 +90,7 @@ class Diffuser(Algorithm):
         groups["action"] = spec.action_dim if config["actions"] else 0
         self.layout = Layout(**{name: size for name, size in groups.items() if size})
         self.normalizer = Normalizer.from_shapes({"observation": spec.observation_dim, "action": spec.action_dim})
-        network = build_network(
-            features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **config["network"]
-        )
+        network = build_network(features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **config["network"])
         schedule = NoiseSchedule.from_config(**config["schedule"])
         self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"])
         # how far the goal features move from token to token in the data, in the task's units
@@ -81,9 +98,9 @@ class Diffuser(Algorithm):
         self.value_config: dict[str, Any] = dict(config.get("value") or {})
         if self.value_config:
             value = dict(self.value_config["network"])
-            self.value = build_network(
-                features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **value
-            )
+            self.value = build_network(features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **value)
+        if spec.goal_dim and self.arrivals.durations:
+            self.durations = Durations(spec.observation_dim + spec.goal_dim, self.H)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -151,6 +168,15 @@ class Diffuser(Algorithm):
             weight[0, self.layout["action"]] = float(self.config["first_action_weight"])
         loss = self.denoiser.loss(x_0, generator, clean=clean, weighting=self.config["weighting"], weight=weight)
         info = {"loss": loss.detach()}
+        if self.spec.goal_dim and self.arrivals.durations:
+            # every later token is a goal that was reached after so many
+            goals = x_0[:, 1:, : self.spec.goal_dim]
+            begun = x_0[:, :1, : self.spec.observation_dim].expand(-1, self.H - 1, -1)
+            token = torch.arange(self.H - 1, device=device).expand(b, -1)
+            logits = self.durations(torch.cat([begun, goals], -1)).float()
+            duration_loss = F.cross_entropy(logits.flatten(0, 1), token.flatten())
+            info["duration_loss"] = duration_loss.detach()
+            loss = loss + float(self.config["duration_weight"]) * duration_loss
         if self.value_config:
             t = torch.rand(b, generator=generator, device=device)
             eps = torch.randn(x_0.shape, generator=generator, device=device)
@@ -238,8 +264,7 @@ class Diffuser(Algorithm):
             full = np.concatenate([goal, observation[:, self.spec.goal_dim :]], axis=1)
             g = self.normalizer.normalize("observation", torch.as_tensor(full, dtype=torch.float32, device=device))
             g = g[:, : self.spec.goal_dim].repeat_interleave(samples, 0)
-            candidates = torch.tensor(self.arrivals.candidates(self.H, samples), device=device)
-            arrival = candidates[torch.arange(len(o), device=device) % samples % len(candidates)]
+            arrival = self._arrivals(o[::samples], g[::samples], samples).flatten()
         x = self.sample_plans(o, g, arrival, self.table(sampler), generator)
         b = len(observation)
         observations = self.normalizer.denormalize("observation", x[..., : self.spec.observation_dim])
@@ -258,6 +283,14 @@ class Diffuser(Algorithm):
 
         parts = [None if part is None else best_first(part) for part in (actions, arrival)]
         return Plan(best_first(observations), parts[0], best_first(values), parts[1])
+
+    def _arrivals(self, o: Tensor, g: Tensor, samples: int) -> Tensor:
+        """The tokens (B, samples) to arrive at: spread over the usual durations from o (B, Do) to g (B, Dg), or the last."""
+        if not self.arrivals.durations:
+            return torch.full((len(o), samples), self.H - 1, device=o.device)
+        low, high = self.config["duration_quantiles"]
+        q = torch.linspace(low, high, samples, device=o.device)
+        return self.durations.quantiles(torch.cat([o, g], -1), q)
 
     def _stay(self, observations: Tensor, arrival: Tensor) -> Tensor:
         """After the arrival a plan stays where it arrived, at rest (features past the goal's are zero)."""
@@ -281,26 +314,24 @@ class Diffuser(Algorithm):
 
     @torch.no_grad()
     def surprise(self, x: Tensor, arrival: Tensor | None) -> Tensor:
-        """How unlikely plans x (B, H, F) are, (B,): the denoiser's error on them at the config's `surprise_levels`.
+        """How unlikely plans x (B, H, F) are, (B,): the denoiser's error until arrival, at the config's `surprise_levels`.
 
-        It is the integrand of the evidence bound (Kingma et al. 2021, eq. 11), with the same noise for all plans.
+        A sample of the evidence bound (Kingma et al. 2021, eq. 11) a token, with the same noise for all plans.
         """
         levels = self.config["surprise_levels"]
         if not levels:
             return torch.zeros(len(x), device=x.device)
-        clean = self.clean(arrival, len(x), x.device)
-        noisy, mask = (~clean).to(x.dtype), self.layout.levels(clean)
+        n, b = len(levels), len(x)
         generator = torch.Generator(x.device).manual_seed(0)
-        until = torch.arange(self.H, device=x.device)[None, :] <= (self.H if arrival is None else arrival[:, None])
-        total = torch.zeros(len(x), device=x.device)
-        for level in levels:
-            t = x.new_tensor(float(level))
-            eps = torch.randn((1, *x.shape[1:]), generator=generator, device=x.device)
-            y = torch.where(mask, x, self.denoiser.schedule.add_noise(x, eps, t))
-            error = ((self.denoiser(y, t * noisy) - x) ** 2).mean(-1) * self.denoiser.schedule.snr(t)
-            # the worst token tells: one step through a wall is enough
-            total = total + (error * until).amax(dim=1)
-        return total / len(levels)
+        eps = torch.randn((n, 1, *x.shape[1:]), generator=generator, device=x.device).expand(-1, b, -1, -1).flatten(0, 1)
+        t = torch.tensor(levels, device=x.device, dtype=x.dtype).repeat_interleave(b)[:, None, None]
+        every = x.repeat(n, 1, 1)
+        clean = self.clean(arrival, b, x.device).repeat(n, 1, 1)
+        y = torch.where(self.layout.levels(clean), every, self.denoiser.schedule.add_noise(every, eps, t))
+        error = ((self.denoiser(y, t * (~clean).to(x.dtype)) - every) ** 2).mean(-1, keepdim=True)
+        error = (error * self.denoiser.schedule.snr(t)).view(n, b, self.H).mean(0)
+        until = torch.arange(self.H, device=x.device) <= (self.H if arrival is None else arrival[:, None])
+        return (error * until).sum(1) / until.expand_as(error).sum(1)
 
     def controller(
         self,

@@ -201,6 +201,9 @@ def time_decisions(task: Task, controller: Controller, decisions: int, seed: int
         decider = Decider(controller, task.spec, task.reset([seed + episode]))
         episode += 1
         for step in range(steps):
+            # forgetting, as before an episode, makes every decision a new plan instead of a look at the one in progress
+            if step % (controller.replan_every or 10) == 0:
+                controller.reset(1)
             # a controller that plans once is asked every 10 steps here, so that one episode gives many decisions
             actions = decider.actions(step, controller.replan_every == 0 and step % 10 == 0)
             if len(milliseconds) + len(decider.milliseconds) > decisions:

@@ -66,8 +66,7 @@ def test_plan_has_the_contracts_shapes_and_keeps_its_pins(store):
 def test_same_generator_same_plan(store):
     planner = build(store)
     plans = [
-        planner.plan(np.zeros(4), np.ones(2), samples=2, generator=torch.Generator().manual_seed(7)).observations
-        for _ in range(2)
+        planner.plan(np.zeros(4), np.ones(2), samples=2, generator=torch.Generator().manual_seed(7)).observations for _ in range(2)
     ]
     np.testing.assert_array_equal(*plans)
 
@@ -138,6 +137,37 @@ def test_a_short_training_plans_straight_lines(store):
     middle = plan.observations[:, :, :2].mean(0)
     straight = start + velocity * 0.1 * np.arange(8)[:, None]
     assert np.abs(middle - straight).max() < 0.12  # the way is 0.41 long
+
+
+def test_durations_are_those_of_the_data(store):
+    """On paths of constant velocity v, the goal o + 0.1 k v is reached at token k and never else."""
+    planner = build(store)
+    windows = planner.windows(store, "cpu")
+    optimizer = torch.optim.Adam(planner.durations.parameters(), 3e-3)
+    for step in range(300):
+        generator = torch.Generator().manual_seed(step)
+        loss, info = planner.loss(windows.sample(128, generator), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert info["duration_loss"] < 0.9  # log 7 = 1.9 before
+    o = np.tile([0.0, 0.0, 0.6, -0.6], (7, 1)).astype(np.float32)
+    k = np.arange(1, 8)
+    goal = o[:, :2] + 0.1 * k[:, None] * o[:, 2:]
+    plan = planner.eval().plan(o, goal.astype(np.float32), samples=5, generator=torch.Generator().manual_seed(0))
+    assert plan.arrivals.shape == (7, 5)
+    assert np.abs(plan.arrivals - k[:, None]).mean() < 0.6
+
+
+def test_surprise_grows_with_the_distance_from_the_data(store):
+    """Of a perfect denoiser of one known trajectory, the surprise is the squared distance times the mean SNR."""
+    planner = build(store, goal_dim=0, surprise_levels=[0.2, 0.4])
+    mode = torch.randn(1, 8, 6, generator=torch.Generator().manual_seed(0))
+    planner.denoiser.forward = lambda x, t, condition=None: mode.expand_as(x)
+    snr = planner.denoiser.schedule.snr(torch.tensor([0.2, 0.4])).mean()
+    x = mode + torch.tensor([0.0, 0.1, 0.3])[:, None, None]
+    expected = snr * torch.tensor([0.0, 0.01, 0.09])
+    torch.testing.assert_close(planner.surprise(x, None), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from diffusion._options import check_options
+from diffusion.networks._embedding import FourierFeatures
 from diffusion.networks.image import ImageEncoder
 from diffusion.networks.mlp import ResidualMLP
 from diffusion.networks.temporal_unet import TemporalUNet
@@ -21,9 +22,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_network(
-    name: str, features: int, horizon: int, groups: int, condition_dim: int = 0, **config: Any
-) -> nn.Module:
+def build_network(name: str, features: int, horizon: int, groups: int, condition_dim: int = 0, **config: Any) -> nn.Module:
     """The network called `name`; `config` are its own arguments. Unknown names and arguments raise `UserError`."""
     if name not in NETWORKS:
         raise nearest("network", name, NETWORKS)
@@ -31,4 +30,4 @@ def build_network(
     return NETWORKS[name](features, horizon, groups, condition_dim, **config)
 
 
-__all__ = ["NETWORKS", "ImageEncoder", "ResidualMLP", "TemporalUNet", "Transformer", "build_network"]
+__all__ = ["NETWORKS", "FourierFeatures", "ImageEncoder", "ResidualMLP", "TemporalUNet", "Transformer", "build_network"]
