@@ -1,4 +1,4 @@
-"""Runs the commands of the results table and writes what they measured to docs/results.md and docs/results/*.json.
+"""Runs the commands of the results table and writes what they measured to docs/results/*.json, docs/results.md and README.
 
     python benchmarks/results.py            # every row
     python benchmarks/results.py pusht      # the rows whose name holds a word
@@ -10,6 +10,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Result:
     command: str
     figures: dict[str, str]
     beside: str = ""
+    first_screen: bool = True  # in the README too
 
 
 SUCCESS = {"success": "success_rate", "return": "return_mean", "latched return": "latched_return_mean"}
@@ -39,8 +41,8 @@ def maze(size: str, *scores: str) -> list[Result]:
     run = f"pilotwave rollout checkpoints/pointmaze-{size}-diffuser episodes=200 seed=0 num_envs=100"
     return [
         Result(f"pointmaze-{size}, random starts and goals", run, SUCCESS),
-        Result(f"pointmaze-{size}, D4RL's goal", f"{run} task.goal=fixed", FIXED, DEMONSTRATOR.format(*scores)),
-        Result(f"pointmaze-{size}, its own actions", f"{run} controller.track=actions", SUCCESS),
+        Result(f"pointmaze-{size}, D4RL's goal", f"{run} task.goal=fixed", FIXED, DEMONSTRATOR.format(*scores), size == "large"),
+        Result(f"pointmaze-{size}, its own actions", f"{run} controller.track=actions", SUCCESS, "", False),
     ]
 
 
@@ -85,10 +87,10 @@ def measure(result: Result) -> None:
     target.write_text(json.dumps(metrics | {"command": result.command}, indent=1) + "\n")
 
 
-def page() -> str:
-    """docs/results.md from the JSON files that are there."""
+def table(results: Sequence[Result]) -> str:
+    """The rows of the JSON files that are there."""
     rows = ["| what | measured | beside it | command |", "| --- | --- | --- | --- |"]
-    for result in RESULTS:
+    for result in results:
         file = file_of(result)
         if file.exists():
             metrics = json.loads(file.read_text())
@@ -98,15 +100,18 @@ def page() -> str:
 
 
 def main() -> None:
-    """Measure the chosen rows and write the page's table between its marks."""
+    """Measure the chosen rows and write the tables between their marks."""
     OUT.mkdir(exist_ok=True)
     for result in RESULTS:
         if all(word in result.name for word in sys.argv[1:]):
             measure(result)
-    path = ROOT / "docs" / "results.md"
-    before, _, rest = path.read_text().partition("<!-- table -->")
-    after = rest.partition("<!-- end -->")[2]
-    path.write_text(f"{before}<!-- table -->\n{page()}\n<!-- end -->{after}")
+    for path, results in {
+        ROOT / "docs" / "results.md": RESULTS,
+        ROOT / "README.md": [result for result in RESULTS if result.first_screen],
+    }.items():
+        before, _, rest = path.read_text().partition("<!-- table -->")
+        after = rest.partition("<!-- end -->")[2]
+        path.write_text(f"{before}<!-- table -->\n{table(results)}\n<!-- end -->{after}")
 
 
 if __name__ == "__main__":
