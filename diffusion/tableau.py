@@ -4,6 +4,7 @@ A row of a `Tableau`, with x the state, d_1, d_2, ... the earlier predictions (n
 
     y = P_x x + sum_j P_j d_j + P_z z        where to evaluate
     d = D(y, t)                              one network evaluation (a row may have none)
+    d = K_y y + K_d d                        what is kept of it: by default itself, or the noise (y - alpha d) / sigma
     x = U_x x + sum_j U_j d_j + U_d d + U_z z
 
 A coefficient is a Python float, or a tensor over the tokens (horizon, features) when levels differ by token.
@@ -27,7 +28,10 @@ Select = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row; `t` is the level evaluated at, `t_next` that of the state it leaves. `P is None`: y = x."""
+    """One row; `t` is the level evaluated at, `t_next` that of the state it leaves.
+
+    `P is None`: y = x. `K is None`: the prediction is kept as it is.
+    """
 
     t: Tensor
     t_next: Tensor
@@ -36,6 +40,7 @@ class Row:
     U: Sequence[Coefficient] = ()
     U_z: Coefficient = 0.0
     P: tuple[Coefficient, Sequence[Coefficient], Coefficient] | None = None
+    K: tuple[Coefficient, Coefficient] | None = None
     evaluate: bool = True
     updates: bool = field(init=False)
 
@@ -138,8 +143,8 @@ def sample(
                 d = guide(d, y, row.t)
             if select is not None:
                 keep = select(x, d, row.t)
-                x, d, history = x[keep], d[keep], [h[keep] for h in history]
-            history = [d, *history]
+                x, y, d, history = x[keep], y[keep], d[keep], [h[keep] for h in history]
+            history = [d if row.K is None else _add(d * row.K[1], y, row.K[0]), *history]
         if row.updates:
             x = _combine(x, row.U_x, history, (row.U_d, *row.U) if row.evaluate else row.U, row.U_z, generator)
             if constrain is not None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from diffusion._options import check_options
 from diffusion.layout import Layout
 from diffusion.schedule import NoiseSchedule
-from diffusion.solvers import ddim, dpmpp, runge_kutta
+from diffusion.solvers import ddim, deis, dpm, dpmpp, edm, restart, runge_kutta, sa, unipc
+from diffusion.solvers._spacing import SPACINGS
 from diffusion.tableau import Row, Tableau
 from pilotwave.errors import UserError, nearest
 
@@ -22,7 +23,23 @@ SOLVERS: dict[str, tuple[Callable[..., list[Row]], int]] = {
     "ddim": (ddim.ddim, 1),
     "euler": (runge_kutta.euler, 1),
     "heun": (runge_kutta.heun, 2),
+    "deis_1": (deis.deis_1, 1),
+    "deis_2": (deis.deis_2, 2),
+    "deis_3": (deis.deis_3, 3),
+    "dpm_1": (dpm.dpm_1, 1),
+    "dpm_2": (dpm.dpm_2, 2),
+    "dpm_3": (dpm.dpm_3, 3),
+    "dpmpp_2s": (dpmpp.dpmpp_2s, 2),
     "dpmpp_2m": (dpmpp.dpmpp_2m, 2),
+    "dpmpp_3m": (dpmpp.dpmpp_3m, 3),
+    "dpmpp_2m_sde": (dpmpp.dpmpp_2m_sde, 1),
+    "unipc_1": (unipc.unipc_1, 2),
+    "unipc_2": (unipc.unipc_2, 3),
+    "unipc_3": (unipc.unipc_3, 4),
+    "sa": (sa.sa, 2),
+    "midpoint": (runge_kutta.midpoint, 2),
+    "edm": (edm.edm, 2),
+    "restart": (restart.restart, 2),
 }
 
 
@@ -36,21 +53,23 @@ def solver(
     schedule: NoiseSchedule,
     steps: int | Sequence[float] | Tensor = 10,
     *,
+    spacing: str = "uniform",
     tokens: Tensor | None = None,
     layout: Layout | None = None,
     **options: Any,
 ) -> Tableau:
     """The table of a solver.
 
-    steps: how many, uniform in t from 1 to 0, or a decreasing sequence of t that ends at 0 or a small t (a tensor
-    (steps + 1, 1, horizon, groups) gives every token levels of its own). tokens (horizon, groups) in [0, 1] multiplies
+    steps: how many, from 1 to 0 with the spacing called `spacing` (SPACINGS: uniform in t, quadratic, log_snr, karras, ays_sd,
+    ays_sdxl, ays_svd), or a decreasing sequence of t that ends at 0 or a small t (a tensor (steps + 1, 1, horizon, groups)
+    gives every token levels of its own). tokens (horizon, groups) in [0, 1] multiplies
     the levels: 0 for what is known and stays as it is. A layout spreads groups over features. Options go to the solver.
-    Errors: `UserError` for unknown names and levels that do not decrease.
+    Errors: `UserError` for unknown names, levels that do not decrease, and a solver that the schedule does not define.
     """
     if name not in SOLVERS:
         raise nearest("sampler", name, SOLVERS)
     rows, order = SOLVERS[name]
-    levels = _levels(steps)
+    levels = _levels(steps, schedule, spacing)
     if tokens is not None:
         levels = levels.reshape(levels.shape + (1,) * (4 - levels.ndim)) * tokens.to("cpu", torch.float64)
     if layout is not None and levels.ndim > 1 and levels.shape[-1] == len(layout.groups):
@@ -59,12 +78,14 @@ def solver(
     return Tableau(name, tuple(rows(schedule, levels, **options)), order)
 
 
-def _levels(steps: int | Sequence[float] | Tensor) -> Tensor:
+def _levels(steps: int | Sequence[float] | Tensor, schedule: NoiseSchedule, spacing: str) -> Tensor:
+    if spacing not in SPACINGS:
+        raise nearest("spacing of steps", spacing, SPACINGS)
     if isinstance(steps, Integral):
         count = int(steps)
         if count < 1:
             raise UserError(f"sampler steps must be at least 1; got {count}")
-        return torch.linspace(1, 0, count + 1, dtype=torch.float64)
+        return SPACINGS[spacing](schedule, count)
     given: Any = steps
     try:
         levels = torch.as_tensor(given if isinstance(given, Tensor) else list(given), dtype=torch.float64, device="cpu")

@@ -8,13 +8,17 @@ eta = 1 is DDPM's posterior; its larger variance is beta = sigma_s^2 - (alpha_s 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from diffusion.schedule import NoiseSchedule
 from diffusion.solvers._coefficients import at, hold, still
 from diffusion.tableau import Row
-from pilotwave.errors import nearest
+from pilotwave.errors import UserError, nearest
+
+VARIANCES = {"small": 0.0, "large": 1.0}
 
 
 def ddim(schedule: NoiseSchedule, levels: Tensor, eta: float = 0.0) -> list[Row]:
@@ -30,20 +34,28 @@ def ddim(schedule: NoiseSchedule, levels: Tensor, eta: float = 0.0) -> list[Row]
     return rows
 
 
-def ddpm(schedule: NoiseSchedule, levels: Tensor, variance: str = "small") -> list[Row]:
+def ddpm(schedule: NoiseSchedule, levels: Tensor, variance: str | float | Sequence[float] | Tensor = "small") -> list[Row]:
     """Ancestral sampling: the posterior's mean (DDPM, eq. 7), its variance ("small") or beta ("large").
 
-    The last step, to t = 0, adds no noise.
+    A learned variance is a fraction v of the way between them, one number or one for every step (Nichol and Dhariwal 2021,
+    eq. 15): exp(v log large + (1 - v) log small). The last step, to t = 0, adds no noise.
     """
-    if variance not in ("small", "large"):
-        raise nearest("ddpm variance", variance, ("small", "large"))
+    if isinstance(variance, str):
+        if variance not in VARIANCES:
+            raise nearest("ddpm variance", variance, VARIANCES)
+        variance = VARIANCES[variance]
     alpha, sigma = at(schedule, levels)
+    fraction = torch.as_tensor(variance, dtype=torch.float64)
+    inside = bool(((fraction >= 0) & (fraction <= 1)).all())
+    if fraction.shape not in ((), (len(levels) - 1,)) or not inside:
+        raise UserError(f"ddpm variance must be small, large, or fractions in [0, 1], one or one a step; got {variance}")
+    fraction = fraction.expand(len(levels) - 1)
     rows = []
     for i in range(len(levels) - 1):
         a_s, s_s, a_t, s_t = alpha[i], sigma[i], alpha[i + 1], sigma[i + 1]
         beta = (s_s**2 - (a_s / a_t) ** 2 * s_t**2).clamp_min(0)
         small = beta * s_t**2 / s_s**2
-        v = small if variance == "small" else torch.where(s_t > 0, beta, torch.zeros_like(beta))
+        v = torch.where(s_t > 0, beta ** fraction[i] * small ** (1 - fraction[i]), torch.zeros_like(beta))
         rows.append(_row(levels, i, a_s / a_t * s_t**2 / s_s**2, a_t * beta / s_s**2, torch.sqrt(v)))
     return rows
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffusion.schedule import NoiseSchedule
-from diffusion.solvers._coefficients import at, hold, plain, still
+from diffusion.solvers._coefficients import at, hold, level_at, plain, still
+from diffusion.solvers._singlestep import singlestep
 from diffusion.solvers.ddim import ddim
 from diffusion.tableau import Row
 
@@ -46,3 +47,26 @@ def heun(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
         U = (plain(torch.where(single, euler_d, U_1)),)
         rows.append(Row(t, t, first.U_x, hold(U_d, single, 0.0), U, 0.0, P))
     return rows
+
+
+def midpoint(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
+    """The explicit midpoint method, second order; of the linear flow it is the flow's own (Lipman et al. 2023, appendix D).
+
+    x_hat_m = x_hat_s + (w_m - w_s) (x_hat_s - d_1) / w_s,    w_m = (w_s + w_t) / 2
+    x_hat_t = x_hat_s + (w_t - w_s) (x_hat_m - d_2) / w_m
+    """
+    alpha, sigma = at(schedule, levels)
+    proper = bool((alpha[0] > 0).all())
+    w = sigma / (alpha if proper else alpha + sigma)
+    w_m = (w[1:] + w[:-1]) / 2
+    between = level_at(schedule, -torch.log(w_m) if proper else torch.log1p(-w_m) - torch.log(w_m))
+    between = torch.where(still(levels[:-1], levels[1:]), levels[1:], between)[:, None]
+
+    def step(a: Tensor, s: Tensor, h: Tensor) -> list[list[Tensor]]:
+        c = a if proper else a + s
+        w_s, w_m, w_t = s / c
+        x, d = c[1] / c[0] * w_m / w_s, c[1] * (1 - w_m / w_s)
+        back = c[2] * (w_t - w_s) / w_m
+        return [[x, d], [c[2] / c[0] + back * x / c[1], back * d / c[1], -back]]
+
+    return singlestep(schedule, levels, between, step, infinite=True)
