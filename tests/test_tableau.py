@@ -306,13 +306,15 @@ def test_constant_predictions_keep_the_marginal(name, schedule, levels):
     """For d = c, x_s = alpha_s c + sigma_s e goes to alpha_t c + sigma_t e, whatever e: the method is consistent."""
     c, e = noise(5, seed=1), noise(5, seed=2)
     a, s = at(schedule, levels[0])
-    if a == 0 and name.startswith(("deis", "dpm_")):
+    over_noise = name.startswith(("deis", "dpm_"))
+    if a == 0 and over_noise:
         return  # not defined there
+    tolerance = 1e-12 / min(float(a), 1) if over_noise else 1e-12  # these divide by alpha, and their rounding errors with it
     record = states(lambda x, t: c, calmly(name, schedule, levels), a * c + s * e)
     assert [float(t) for t, _ in record] == levels[1:]
     for t, x in record:
         a, s = at(schedule, t)
-        torch.testing.assert_close(x, a * c + s * e, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(x, a * c + s * e, rtol=1e-12, atol=tolerance)
 
 
 @settings(max_examples=50, deadline=None)
