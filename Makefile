@@ -38,6 +38,7 @@ demo: setup
 	$(BIN)/pilotwave demo out=demo
 
 bench: setup
+	$(BIN)/python benchmarks/executor.py
 	$(BIN)/python benchmarks/training_throughput.py
 	$(BIN)/python benchmarks/control_loop.py
 

@@ -23,6 +23,11 @@ def _noise(x: Sequence[Tensor], a: Tensor, s: Tensor) -> list[Tensor]:
     return [*(w / s for w in x), -a / s]
 
 
+def _gain(a: Tensor, s: Tensor, i: int) -> Tensor:
+    """- sigma_i (e^(lambda_i - lambda_s) - 1), which takes x_s = alpha_s d + sigma_s e to alpha_i d + sigma_i e."""
+    return s[i] - a[i] / a[0] * s[0]
+
+
 def dpm_1(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
     """First order (eq. 3.7), which is DDIM."""
     noise_form(schedule, at(schedule, levels)[0])
@@ -39,8 +44,8 @@ def dpm_2(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
     def step(a: Tensor, s: Tensor, h: Tensor) -> list[list[Tensor]]:
         x = [torch.ones_like(h)]
         e_s = _noise(x, a[0], s[0])
-        u = combine((a[1] / a[0], x), (-s[1] * torch.expm1(h / 2), e_s))
-        return [u, combine((a[2] / a[0], x), (-s[2] * torch.expm1(h), _noise(u, a[1], s[1])))]
+        u = combine((a[1] / a[0], x), (_gain(a, s, 1), e_s))
+        return [u, combine((a[2] / a[0], x), (_gain(a, s, 2), _noise(u, a[1], s[1])))]
 
     return singlestep(schedule, levels, middles(schedule, levels, (1 / 2,)), step)
 
@@ -60,10 +65,10 @@ def dpm_3(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
     def step(a: Tensor, s: Tensor, h: Tensor) -> list[list[Tensor]]:
         x = [torch.ones_like(h)]
         e_s = _noise(x, a[0], s[0])
-        u_1 = combine((a[1] / a[0], x), (-s[1] * torch.expm1(h / 3), e_s))
+        u_1 = combine((a[1] / a[0], x), (_gain(a, s, 1), e_s))
         c = 2 * s[2] * phi(2 * h / 3)
-        u_2 = combine((a[2] / a[0], x), (c - s[2] * torch.expm1(2 * h / 3), e_s), (-c, _noise(u_1, a[1], s[1])))
+        u_2 = combine((a[2] / a[0], x), (c + _gain(a, s, 2), e_s), (-c, _noise(u_1, a[1], s[1])))
         c = 1.5 * s[3] * phi(h)
-        return [u_1, u_2, combine((a[3] / a[0], x), (c - s[3] * torch.expm1(h), e_s), (-c, _noise(u_2, a[2], s[2])))]
+        return [u_1, u_2, combine((a[3] / a[0], x), (c + _gain(a, s, 3), e_s), (-c, _noise(u_2, a[2], s[2])))]
 
     return singlestep(schedule, levels, middles(schedule, levels, (1 / 3, 2 / 3)), step)
