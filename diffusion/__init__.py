@@ -2,6 +2,7 @@
 
 from diffusion.denoiser import PREDICTIONS, WEIGHTINGS, Denoiser
 from diffusion.layout import Layout
+from diffusion.numpy_executor import NumpySampler
 from diffusion.schedule import SCHEDULES, NoiseSchedule
 from diffusion.solvers import solver, solvers
 from diffusion.tableau import Row, Tableau, sample
@@ -13,6 +14,7 @@ __all__ = [
     "Denoiser",
     "Layout",
     "NoiseSchedule",
+    "NumpySampler",
     "Row",
     "Tableau",
     "sample",

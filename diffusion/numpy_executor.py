@@ -1,0 +1,92 @@
+"""A second executor for the same tables, in NumPy, for denoisers that are not torch's (an inference engine's).
+
+State, predictions and noise are rows of one array whose places are known beforehand, so that every combination of a `Row` is one
+vector times that array. No hooks, and one level for all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from diffusion.tableau import Coefficient, Row, Tableau
+from pilotwave.errors import UserError
+
+Array = NDArray[np.floating]
+
+
+class _Step(NamedTuple):
+    t: Array
+    at: Array | None  # weights of the point to evaluate at; None: the state
+    place: int  # of the prediction; 0: nothing is evaluated
+    keep: tuple[float, float] | None  # of the point and the prediction, in what is kept
+    update: Array | None  # weights of the new state; None: it stays
+    noise: tuple[bool, bool]  # drawn before the evaluation, before the update
+
+
+class NumpySampler:
+    """sampler(denoise, x_T, rng) -> the clean sample, of x_T's shape, for arrays of `shape` and `dtype`.
+
+    denoise(x, t) -> predicted clean x; x is a view that changes with the next step. Errors: `UserError` for levels that differ by
+    token.
+    """
+
+    def __init__(self, table: Tableau, shape: Sequence[int], dtype: DTypeLike = np.float32) -> None:
+        self.shape, self.dtype, self.table = tuple(shape), np.dtype(dtype), table
+        self.places = table.memory + 1
+        self.steps, newest = [], 0
+        for row in table.rows:
+            newest += row.evaluate
+            self.steps.append(self._step(row, newest))
+
+    def _step(self, row: Row, newest: int) -> _Step:
+        places = [1 + (newest - j) % self.places for j in range(self.places)]
+
+        def weights(x: Coefficient, history: Sequence[Coefficient], z: Coefficient, skip: int = 0) -> Array:
+            w = np.zeros(self.places + 2, self.dtype)
+            w[0], w[-1] = _number(x), _number(z)
+            for place, c in zip(places[skip:], history):
+                w[place] = _number(c)
+            return w
+
+        # where a row evaluates, places[0] takes its prediction, and what came before follows
+        at = weights(*row.P, skip=1) if row.evaluate and row.P is not None else None
+        history = (row.U_d, *row.U) if row.evaluate else row.U
+        update = weights(row.U_x, history, row.U_z) if row.updates else None
+        keep = None if row.K is None else (_number(row.K[0]), _number(row.K[1]))
+        noise = (at is not None and at[-1] != 0, update is not None and update[-1] != 0)
+        if row.t.numel() != 1:
+            raise _by_token()
+        t = row.t.reshape(()).numpy().astype(self.dtype)
+        return _Step(t, at, places[0] if row.evaluate else 0, keep, update, noise)
+
+    def __call__(self, denoise: Callable[[Array, Array], Array], x_T: Array, rng: np.random.Generator | None = None) -> Array:
+        rng = np.random.default_rng() if rng is None else rng
+        shape, rows = self.shape, np.zeros((self.places + 2, int(np.prod(self.shape))), self.dtype)
+        rows[0] = x_T.reshape(-1)
+        x, z = rows[0].reshape(shape), rows[-1]
+        for t, at, place, keep, update, noise in self.steps:
+            if place:
+                if noise[0]:
+                    rng.standard_normal(out=z, dtype=z.dtype)
+                y = x if at is None else (at @ rows).reshape(shape)
+                d = denoise(y, t)
+                rows[place] = (d if keep is None else keep[0] * y + keep[1] * d).reshape(-1)
+            if update is not None:
+                if noise[1]:
+                    rng.standard_normal(out=z, dtype=z.dtype)
+                rows[0] = update @ rows
+        return x.copy()
+
+
+def _number(c: Coefficient) -> float:
+    if not isinstance(c, int | float):
+        raise _by_token()
+    return float(c)
+
+
+def _by_token() -> UserError:
+    return UserError("the NumPy sampler takes one level for all tokens; use diffusion.sample where levels differ by token")

@@ -1,0 +1,76 @@
+"""The NumPy executor runs every table as torch's does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import Layout, NoiseSchedule, NumpySampler, Row, Tableau, sample, solver, solvers
+from pilotwave.errors import UserError
+from tests.mixture import elementwise
+
+VP = NoiseSchedule.vp_linear()
+CALM = {"edm": {"churn": 0}, "sa": {"tau": 0}, "restart": {"times": 0}, "ddpm": None, "dpmpp_2m_sde": None}
+
+
+def denoise(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    return elementwise(VP)(torch.from_numpy(x), torch.from_numpy(np.asarray(t))).numpy()
+
+
+@pytest.mark.parametrize("name", [name for name in solvers() if CALM.get(name, {}) is not None])
+def test_it_draws_what_the_torch_executor_draws(name):
+    table = solver(name, VP, 7, **CALM.get(name, {}))
+    x = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before, sampler = x.clone(), NumpySampler(table, x.shape, np.float64)
+    for _ in range(2):  # nothing is left from a run before
+        np.testing.assert_allclose(sampler(denoise, x.numpy()), sample(elementwise(VP), table, x).numpy(), rtol=1e-9, atol=1e-9)
+    assert torch.equal(x, before)
+
+
+def test_a_row_is_what_its_equations_say():
+    """The table of tests/test_tableau.py by hand, and a prediction that is kept otherwise."""
+    t = torch.tensor([1.0, 0.7, 0.4, 0.1], dtype=torch.float64)
+    table = Tableau(
+        "by hand",
+        (
+            Row(t[0], t[1], 0.5, 0.25, K=(0.5, 2.0)),
+            Row(t[1], t[2], 0.9, 0.1, (0.3,), P=(2.0, (1.5,), 0.0)),
+            Row(t[2], t[2], 1.1, U=(0.2, 0.7), evaluate=False),
+            Row(t[2], t[3], 2.0, 0.4, (1.0, 0.0), P=(1.0, (0.0, -0.5), 0.0)),
+        ),
+    )
+    x = np.random.default_rng(0).standard_normal((3, 4))
+    d_1 = 0.5 * x + 2 * (np.sin(x) + 1)
+    x_1 = 0.5 * x + 0.25 * d_1
+    d_2 = np.sin(2 * x_1 + 1.5 * d_1) + 0.7
+    x_3 = 1.1 * (0.9 * x_1 + 0.1 * d_2 + 0.3 * d_1) + 0.2 * d_2 + 0.7 * d_1
+    d_3 = np.sin(x_3 - 0.5 * d_1) + 0.4
+    expected = 2 * x_3 + 0.4 * d_3 + d_2
+    np.testing.assert_allclose(NumpySampler(table, x.shape, np.float64)(lambda y, t: np.sin(y) + t, x), expected, rtol=1e-12)
+    torched = sample(lambda y, t: torch.sin(y) + t, table, torch.from_numpy(x))
+    np.testing.assert_allclose(torched.numpy(), expected, rtol=1e-12)
+
+
+def test_noise_comes_from_the_generator_and_has_its_coefficient():
+    one = torch.ones(())
+    table = Tableau("noise", (Row(one, one, 0.0, U_z=3.0, P=(1.0, (), 2.0)),))
+    sampler, x, seen = NumpySampler(table, (20_000,)), np.zeros(20_000, np.float32), []
+
+    def keep(y: np.ndarray, t: np.ndarray) -> np.ndarray:
+        seen.append(y.copy())
+        return np.zeros_like(y)
+
+    first = sampler(keep, x, np.random.default_rng(1))
+    assert first.dtype == np.float32
+    assert np.array_equal(first, sampler(keep, x, np.random.default_rng(1)))
+    assert not np.array_equal(first, sampler(keep, x, np.random.default_rng(2)))
+    assert first.std() == pytest.approx(3, rel=0.03)
+    assert seen[0].std() == pytest.approx(2, rel=0.03)
+    assert abs(np.corrcoef(first, seen[0])[0, 1]) < 0.03
+
+
+def test_levels_by_token_are_refused():
+    tokens = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    with pytest.raises(UserError, match="one level for all tokens"):
+        NumpySampler(solver("ddim", VP, 5, tokens=tokens, layout=Layout(a=1, b=2)), (1, 2, 3))
