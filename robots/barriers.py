@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import combinations, product
 from typing import Any
 
 import numpy as np
+
+from pilotwave.errors import UserError, nearest
 
 Features = slice | Sequence[int]
 TINY = 1e-9
@@ -280,6 +282,34 @@ def limits(low: Sequence[float], high: Sequence[float], features: Features) -> l
         if np.isfinite(least):
             found.append(HalfSpace(-unit, -float(least), features=features))
     return found
+
+
+SHAPES: dict[str, type[Barrier]] = {
+    "superellipse": Superellipse,
+    "box": Box,
+    "polygon": Polygon,
+    "half_space": HalfSpace,
+    "separation": Separation,
+}
+
+
+def build(settings: Mapping[str, Any]) -> Barrier:
+    """A barrier from {shape: box, low: [1, 1], high: [2, 2]}: a key of SHAPES and its parameters; `features` is a list
+    of numbers, `inside: true` keeps the robot within the shape instead of out of it."""
+    options = dict(settings)
+    shape, inside = str(options.pop("shape", "")), options.pop("inside", False)
+    if shape not in SHAPES:
+        raise nearest("barrier shape", shape, SHAPES)
+    known = [field.name for field in fields(SHAPES[shape])]
+    for name in options:
+        if name not in known:
+            raise nearest(f"setting of the barrier '{shape}'", str(name), known)
+    try:
+        barrier = SHAPES[shape](**options)
+        barrier.value(np.zeros((1, 1 + max(options.get("features", range(4))))))
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"the barrier {dict(settings)} does not fit together: {error}") from None
+    return Complement(barrier, features=barrier.features, velocity=barrier.velocity) if inside else barrier
 
 
 ROW = ("center_x", "center_y", "radius_x", "radius_y", "power", "velocity_x", "velocity_y")

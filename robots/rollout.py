@@ -12,6 +12,7 @@ import numpy as np
 
 from pilotwave.errors import UserError
 from robots.controller import Chunk, Controller, Observation
+from robots.safety_filter import SafetyFilter
 from robots.tasks.base import Task, TaskSpec
 
 Metrics = dict[str, Any]
@@ -69,13 +70,18 @@ class History:
 class Decider:
     """Calls a controller when it is due and turns its chunk into this step's actions."""
 
-    def __init__(self, controller: Controller, spec: TaskSpec, observation: Observation):
-        self.controller, self.spec = controller, spec
+    def __init__(
+        self, controller: Controller, spec: TaskSpec, observation: Observation, guard: SafetyFilter | None = None
+    ):
+        self.controller, self.spec, self.guard = controller, spec, guard
         self.history = History(max(1, controller.history), observation)
         self.chunk: Chunk | None = None
         self.decided = 0
         self.milliseconds: list[float] = []
+        self.filtering: list[float] = []
         controller.reset(len(observation["state"]))
+        if guard is not None:
+            guard.reset(len(observation["state"]))
 
     def actions(self, step: int, again: bool = False) -> np.ndarray:
         """Actions (n, Da) at environment step `step`; `again` asks for a decision now."""
@@ -86,7 +92,13 @@ class Decider:
             self.milliseconds.append(1e3 * (time.perf_counter() - began))
             self.decided = step
         reference = self.controller.tracker.reference(self.chunk, (step - self.decided) * self.spec.dt)
-        return self.controller.tracker.command(self.history.arrays["state"][:, -1], reference)
+        actions = self.controller.tracker.command(self.history.arrays["state"][:, -1], reference)
+        if self.guard is None:
+            return actions
+        began = time.perf_counter()
+        actions = self.guard({key: value[:, -1] for key, value in self.history.arrays.items()}, actions)
+        self.filtering.append(1e3 * (time.perf_counter() - began))
+        return actions
 
 
 def rollout(
@@ -100,6 +112,7 @@ def rollout(
     video: str | Path | None = None,
     video_episodes: int = 4,
     timing_decisions: int = 0,
+    guard: SafetyFilter | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Metrics:
     """Run `episodes` episodes, `num_envs` at a time, and return the metrics of the contract, JSON-able.
@@ -108,7 +121,7 @@ def rollout(
     batch ends early when all its episodes have terminated. decision_ms is measured around `controller.act` for the
     batch that it ran ("batch" says how many at once); with timing_decisions > 0 it comes from that many further
     decisions of one robot alone, after one that warms up. video: an .mp4 or .gif of the first `video_episodes`
-    episodes. progress: called with (episodes done, episodes).
+    episodes. guard: filters the actions. progress: called with (episodes done, episodes).
     """
     for name, value in {"episodes": episodes, "num_envs": num_envs, "horizon": horizon or task.spec.horizon}.items():
         if value < 1:
@@ -121,16 +134,21 @@ def rollout(
         recorder = Recorder(video, task, min(video_episodes, num_envs, episodes), controller)
     done: list[Episodes] = []
     milliseconds: list[float] = []
+    filtering: list[float] = []
+    guarded = np.zeros(3)
     batch = min(num_envs, episodes)
     for first in range(0, episodes, num_envs):
         seeds = range(seed + first, seed + min(first + num_envs, episodes))
-        result, times = run_batch(task, controller, seeds, steps, recorder)
+        result, decider = run_batch(task, controller, seeds, steps, recorder, guard)
         if recorder is not None:
             recorder.close()
             recorder = None
         done.append(result)
         # a smaller last batch would mix two latencies
-        milliseconds += times if len(seeds) == batch else []
+        milliseconds += decider.milliseconds if len(seeds) == batch else []
+        filtering += decider.filtering if len(seeds) == batch else []
+        if guard is not None:
+            guarded += [guard.filtered.sum(), guard.changed.sum(), guard.infeasible.sum()]
         if progress is not None:
             progress(min(first + num_envs, episodes), episodes)
     if timing_decisions > 0:
@@ -146,17 +164,28 @@ def rollout(
         "decision_ms": latency(milliseconds) | {"batch": batch},
         "replan_every": controller.replan_every,
     }
+    if guard is not None:
+        metrics["filter"] = {
+            "changed_rate": guarded[1] / guarded[0],
+            "infeasible_steps": int(guarded[2]),
+            "ms": latency(filtering) | {"batch": min(num_envs, episodes)},
+        }
     if video is not None:
         metrics["video"] = str(video)
     return metrics
 
 
 def run_batch(
-    task: Task, controller: Controller, seeds: Sequence[int], steps: int, recorder: Any = None
-) -> tuple[Episodes, list[float]]:
-    """One batch of episodes: what they left, and the milliseconds of each decision."""
+    task: Task,
+    controller: Controller,
+    seeds: Sequence[int],
+    steps: int,
+    recorder: Any = None,
+    guard: SafetyFilter | None = None,
+) -> tuple[Episodes, Decider]:
+    """One batch of episodes: what they left, and what decided, with the milliseconds that it took."""
     observation = task.reset(seeds)
-    decider = Decider(controller, task.spec, observation)
+    decider = Decider(controller, task.spec, observation, guard)
     n = len(seeds)
     zeros = np.zeros(n)
     kept = Episodes(
@@ -190,7 +219,7 @@ def run_batch(
             break
     remaining = steps - step - 1
     kept.latched += np.where(kept.first_reach > 0, latch * remaining, 0.0)
-    return kept, decider.milliseconds
+    return kept, decider
 
 
 def time_decisions(task: Task, controller: Controller, decisions: int, seed: int, steps: int) -> list[float]:
@@ -252,6 +281,7 @@ def summarize(batches: Sequence[Episodes], spec: TaskSpec) -> Metrics:
         metrics[f"{key}_mean"] = float(value.mean())
     metrics["per_episode"] = {
         "seed": every.seed.tolist(),
+        "margin": [None if np.isnan(margin) else float(margin) for margin in every.margin],
         "score": score.tolist(),
         "success": every.success.tolist(),
         "return": every.returns.tolist(),

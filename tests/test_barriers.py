@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from pilotwave.errors import UserError
 from robots.barriers import (
     Box,
     Complement,
@@ -18,6 +19,7 @@ from robots.barriers import (
     Polygon,
     Separation,
     Superellipse,
+    build,
     from_rows,
     least_change,
     limits,
@@ -182,3 +184,13 @@ def test_what_cannot_be_made_safe_is_reported():
     inside_two = [HalfSpace((1.0, 0.0), -1.0), HalfSpace((-1.0, 0.0), -1.0)]  # x <= -1 and x >= 1
     _, safe = project(np.zeros((2, 3, 2)), inside_two)
     assert not safe.any()
+
+
+def test_barriers_from_settings_and_what_is_wrong_with_them():
+    barrier = build({"shape": "box", "low": [0, 0], "high": [1, 2], "features": [0, 2]})
+    np.testing.assert_allclose(barrier.value(np.array([[2.0, 9.0, 1.0]])), [1.0])
+    workspace = build({"shape": "box", "low": [0, 0], "high": [1, 2], "inside": True})
+    np.testing.assert_allclose(workspace.value(np.array([[0.5, 0.2]])), [0.2])
+    for wrong in ({"shape": "bx"}, {"shape": "box", "low": [0, 0], "hgh": [1, 1]}, {"shape": "half_space"}):
+        with pytest.raises(UserError):
+            build(wrong)

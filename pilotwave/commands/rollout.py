@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from omegaconf import DictConfig
+
+from pilotwave.config import plain
 from pilotwave.console import metrics_table, progress, writable, write_json
+from pilotwave.errors import UserError
 from pilotwave.runs import compose_for, controller, given, load, run_folder, task_of
+
+
+def guard(cfg: DictConfig, task: Any) -> Any:
+    """The filter of actions that `filter:` asks for, or None."""
+    settings = plain(cfg.filter)
+    if not settings.pop("active"):
+        return None
+    from robots.barriers import build
+    from robots.safety_filter import SafetyFilter
+
+    model = task.linear_model()
+    if model is None:
+        raise UserError(f"no linear model of {task.spec.name} is known, which filter.active=true needs; leave it out")
+    return SafetyFilter(model, [build(each) for each in settings.pop("barriers")], **settings)
 
 
 def run(overrides: Sequence[str]) -> None:
@@ -29,6 +48,7 @@ def run(overrides: Sequence[str]) -> None:
         horizon=cfg.horizon,
         video=cfg.video,
         timing_decisions=cfg.timing_decisions,
+        guard=guard(cfg, task),
         progress=progress("rolling out"),
     )
     metrics_table(metrics, f"{folder} on {task.spec.name}")

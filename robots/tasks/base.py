@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pilotwave.errors import UserError
 from robots.controller import Observation
+from robots.safety_filter import LinearModel
 
 BoolArray = NDArray[np.bool_]
 Info = dict[str, np.ndarray]
@@ -87,6 +88,10 @@ class Task(ABC):
     def reset_recorded(self, rows: Mapping[str, np.ndarray]) -> Observation:
         """Start from recorded steps (a data set's columns, (n, ...) each), at rest where velocities are not recorded."""
         raise UserError(f"{self.spec.name} cannot be set to recorded states; let a controller act instead")
+
+    def linear_model(self) -> LinearModel | None:
+        """How the state moves from step to step, for filters of the action; None where it is not known to be linear."""
+        return None
 
     def draw(self, state: np.ndarray) -> NDArray[np.uint8] | None:
         """A picture (H, W, 3) of an observation (Do,), imagined or real; None where the task cannot draw one."""

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from pilotwave.errors import UserError, nearest
 from robots.controller import Observation
+from robots.safety_filter import LinearModel
 from robots.tasks.base import BoolArray, Info, Task, TaskSpec, checked_horizon
 from robots.tasks.maps import MAPS, MazeMap, maze_map
 
@@ -158,11 +159,15 @@ class PointMaze(Task):
         self._state, self._goal = np.zeros((n, 5)), np.zeros((n, 2))
         self._reached = np.zeros(n, dtype=np.int64)
         for i, rng in enumerate(self._rng):
-            start = int(rng.integers(len(self.maze.cells)))
-            self._state[i, 1:3] = self.maze.cells[start] + rng.uniform(-_NOISE, _NOISE, 2)
-            self._state[i, 3:5] = rng.normal(0.0, _VELOCITY_NOISE, 2)
-            self._goal[i] = self.maze.goal if self.goal_option == "fixed" else self.draw_goal(rng, start)
+            self._place(i, rng)
         return self.observation()
+
+    def _place(self, i: int, rng: np.random.Generator) -> None:
+        """Draw copy i's start and goal."""
+        start = int(rng.integers(len(self.maze.cells)))
+        self._state[i, 1:3] = self.maze.cells[start] + rng.uniform(-_NOISE, _NOISE, 2)
+        self._state[i, 3:5] = rng.normal(0.0, _VELOCITY_NOISE, 2)
+        self._goal[i] = self.maze.goal if self.goal_option == "fixed" else self.draw_goal(rng, start)
 
     def reset_to(self, states: np.ndarray, goals: np.ndarray, seed: int = 0) -> Observation:
         """Start n episodes at states (n, 4) with goals (n, 2), in the task's frame."""
@@ -174,6 +179,15 @@ class PointMaze(Task):
         self._goal = np.array(goals, dtype=np.float64)
         self._reached = np.zeros(len(states), dtype=np.int64)
         return self.observation()
+
+    def linear_model(self) -> LinearModel:
+        """The ball away from walls: MuJoCo's Euler step with its implicit damping; exact below the speed limit."""
+        dt, mass = self.spec.dt, float(self.model.body("ball").mass[0])
+        gear, damping = float(self.model.actuator_gear[0, 0]), float(self.model.dof_damping[0])
+        eye, kept = np.eye(2), mass / (mass + dt * damping)
+        push = dt * gear / (mass + dt * damping)
+        A = np.block([[eye, dt * kept * eye], [0 * eye, kept * eye]])
+        return LinearModel(A, np.concatenate([dt * push * eye, push * eye]), dt, self.spec.action_low, self.spec.action_high)
 
     def rewards(self, states: np.ndarray) -> np.ndarray:
         """1 within the goal radius of the map's fixed goal, else 0: what `robots.collect` records."""
