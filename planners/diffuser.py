@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample, solver
 from diffusion.networks import FourierFeatures, build_network
+from diffusion.tableau import Constrain
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
 from pilotwave.errors import UserError, nearest
 from planners.controller import PlanController
-from planners.plan import Plan
+from planners.plan import Correction, Plan
+from robots.barriers import build
 
 if TYPE_CHECKING:
     from offline.store import TrajectoryStore
@@ -47,6 +49,8 @@ ARRIVALS = {
     "any": Arrivals(lambda b, h, g: torch.randint(1, h, (b,), generator=g), durations=True),
 }
 
+UNSAFE = 1e3  # how far behind the others plans are ranked that a correction could not make safe
+
 
 class Durations(nn.Module):
     """log p(k | o_0, g) over arrival tokens k = 1 .. H - 1, up to a constant: (..., Do + Dg) normalized -> (..., H - 1)."""
@@ -64,9 +68,9 @@ class Durations(nn.Module):
         return self.mlp(self.fourier(x))
 
     def quantiles(self, x: Tensor, q: Tensor) -> Tensor:
-        """Arrival tokens (B, n) before which a share q (n,) of the data's ways from x (B, Do + Dg) has arrived."""
+        """Arrival tokens (B, n) before which a share q (n,) or (B, n) of the data's ways from x (B, Do + Dg) has arrived."""
         cumulative = self(x).float().softmax(-1).cumsum(-1)
-        return (cumulative[:, None] < q[:, None]).sum(-1).clamp_max(cumulative.shape[-1] - 1) + 1
+        return (cumulative[:, None] < q[..., None]).sum(-1).clamp_max(cumulative.shape[-1] - 1) + 1
 
 
 @register
@@ -213,8 +217,12 @@ class Diffuser(Algorithm):
         arrival: Tensor | None,
         table: Tableau,
         generator: torch.Generator | None = None,
+        constrain: Constrain | None = None,
     ) -> Tensor:
-        """Trajectories (B, H, F) from observations (B, Do), goals (B, Dg), all normalized, and arrival tokens (B,)."""
+        """Trajectories (B, H, F) from observations (B, Do), goals (B, Dg), all normalized, and arrival tokens (B,).
+
+        constrain: a further change of the state after each update, which leaves what is known as it is.
+        """
         b, device = observation.shape[0], observation.device
         known = torch.zeros(b, self.H, self.layout.features, device=device)
         known[:, 0, : self.spec.observation_dim] = observation
@@ -222,7 +230,8 @@ class Diffuser(Algorithm):
             known[torch.arange(b, device=device), arrival, : self.spec.goal_dim] = goal
         clean = self.clean(arrival if goal is not None else None, b, device)
         mask = self.layout.levels(clean)
-        noise = torch.randn(known.shape, generator=generator, device=device)
+        source = device if generator is None else generator.device
+        noise = torch.randn(known.shape, generator=generator, device=source).to(device)
         x_T = torch.where(mask, known, noise * self.denoiser.schedule.sigma(torch.ones((), device=device)))
         noisy = (~clean).to(x_T.dtype)
 
@@ -230,7 +239,8 @@ class Diffuser(Algorithm):
             return self.denoiser(x, t * noisy)
 
         def pin(x: Tensor, t: Tensor) -> Tensor:
-            return torch.where(mask, known, x)
+            x = torch.where(mask, known, x)
+            return x if constrain is None else torch.where(mask, known, constrain(x, t))
 
         return sample(denoise, table, x_T, generator, guide=self._guide if self.value_config else None, constrain=pin)
 
@@ -242,11 +252,15 @@ class Diffuser(Algorithm):
         *,
         sampler: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
+        correction: Correction | None = None,
+        quantiles: np.ndarray | None = None,
     ) -> Plan:
         """Plans from observations (Do,) or (B, Do) to goals (Dg,) or (B, Dg), in the task's units.
 
         Returns a Plan of (samples, H, ...) or (B, samples, H, ...), best first: by the value network, or else by
         early arrival among the plans that the denoiser itself finds likely. Goals are needed where the data has them.
+        correction: changes the states while they are sampled and after, before the plans are judged. quantiles (B, 2): the
+        shares of the data's ways between which each robot's arrivals are spread, in place of the config's.
         """
         observation = self._checked("observation", observation, self.spec.observation_dim)
         single = observation.ndim == 1
@@ -264,13 +278,20 @@ class Diffuser(Algorithm):
             full = np.concatenate([goal, observation[:, self.spec.goal_dim :]], axis=1)
             g = self.normalizer.normalize("observation", torch.as_tensor(full, dtype=torch.float32, device=device))
             g = g[:, : self.spec.goal_dim].repeat_interleave(samples, 0)
-            arrival = self._arrivals(o[::samples], g[::samples], samples).flatten()
-        x = self.sample_plans(o, g, arrival, self.table(sampler), generator)
-        b = len(observation)
-        observations = self.normalizer.denormalize("observation", x[..., : self.spec.observation_dim])
+            arrival = self._arrivals(o[::samples], g[::samples], samples, quantiles).flatten()
+        hook = None if correction is None else correction.during
+        x = self.sample_plans(o, g, arrival, self.table(sampler), generator, hook)
+        b, do = len(observation), self.spec.observation_dim
+        observations = self.normalizer.denormalize("observation", x[..., :do])
+        if correction is not None:
+            corrected = correction.after(observations, arrival)
+            observations = corrected.observations
+            x = torch.cat([self.normalizer.normalize("observation", observations), x[..., do:]], -1)
         values = self._values(x, observations, arrival)
         if arrival is not None:
             observations = self._stay(observations, arrival)
+        if correction is not None:
+            observations, values = corrected.path, torch.where(corrected.safe, values, values - UNSAFE)
         actions = None
         if "action" in self.layout:
             actions = self.normalizer.denormalize("action", x[..., self.layout["action"]])
@@ -284,12 +305,15 @@ class Diffuser(Algorithm):
         parts = [None if part is None else best_first(part) for part in (actions, arrival)]
         return Plan(best_first(observations), parts[0], best_first(values), parts[1])
 
-    def _arrivals(self, o: Tensor, g: Tensor, samples: int) -> Tensor:
+    def _arrivals(self, o: Tensor, g: Tensor, samples: int, quantiles: np.ndarray | None = None) -> Tensor:
         """The tokens (B, samples) to arrive at: spread over the usual durations from o (B, Do) to g (B, Dg), or the last."""
         if not self.arrivals.durations:
             return torch.full((len(o), samples), self.H - 1, device=o.device)
         low, high = self.config["duration_quantiles"]
         q = torch.linspace(low, high, samples, device=o.device)
+        if quantiles is not None:
+            ends = torch.as_tensor(quantiles, dtype=q.dtype, device=o.device)
+            q = ends[:, :1] + (ends[:, 1:] - ends[:, :1]) * torch.linspace(0.0, 1.0, samples, device=o.device)
         return self.durations.quantiles(torch.cat([o, g], -1), q)
 
     def _stay(self, observations: Tensor, arrival: Tensor) -> Tensor:
@@ -342,18 +366,30 @@ class Diffuser(Algorithm):
         samples: int | None = None,
         track: str | None = None,
         deviation: float | None = None,
+        safety: str | None = None,
+        margin: float | None = None,
+        barriers: Sequence[Mapping[str, Any]] = (),
         seed: int = 0,
     ) -> PlanController:
         """This planner for roll-outs and robots.
 
         replan_every: steps between plans, 0 to plan once; samples: plans to choose from; track: "pd" tracks the planned
         states, "actions" carries out the planned actions; deviation: see PlanController. Defaults are the config's
-        `control`.
+        `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers` (settings of
+        `robots.barriers.build`) and from the hazards that a task observes; None plans past them.
         """
         control = dict(self.config["control"])
         given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation}
         control.update({key: value for key, value in given.items() if value is not None})
         settings = sampler or self.config["sampler"]
+        if safety is not None:
+            from planners.safe import SafeController, SafeDiffuser
+
+            planner = SafeDiffuser(self, safety) if margin is None else SafeDiffuser(self, safety, margin=margin)
+            built = [build(each) for each in barriers]
+            return SafeController(planner, task_spec, settings, barriers=built, seed=seed, **control)
+        if margin is not None or barriers:
+            raise UserError("controller.margin and controller.barriers need controller.safety=ros, res, tvs or correct")
         return PlanController(self, task_spec, settings, seed=seed, **control)
 
     def _checked(self, what: str, value: Any, width: int) -> np.ndarray:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 
 @dataclass
@@ -18,3 +20,25 @@ class Plan:
     actions: np.ndarray | None
     values: np.ndarray
     arrivals: np.ndarray | None = None
+
+
+@dataclass
+class Corrected:
+    """Plans after a correction, in the task's units: states (B, H, Do) at the tokens, the path (B, H', Do) to follow
+    in their place (over the same time, perhaps finer), and which plans hold what was asked (B,)."""
+
+    observations: Tensor
+    path: Tensor
+    safe: Tensor
+
+
+class Correction(Protocol):
+    """Changes plans while and after they are sampled; every sample of every robot is one plan of the batch."""
+
+    def during(self, x: Tensor, t: Tensor) -> Tensor:
+        """The state of the sampler (B, H, F), normalized, after its update to level t."""
+        ...
+
+    def after(self, observations: Tensor, arrival: Tensor | None) -> Corrected:
+        """The finished states (B, H, Do), in the task's units, which arrive at tokens (B,)."""
+        ...

@@ -12,13 +12,20 @@ which is a discrete-time control barrier function (Agrawal and Sreenath 2017, eq
 holds. `u` nearest to the wanted action solves a quadratic program with h linearized at u, repeated, and the result is
 checked against h itself. Barriers that move are seen in their own frame, in which braking means to move along.
 
-Where no allowed action is found the robot brakes, and `infeasible` counts it.
+What the model does not know, such as walls, is met in two ways. A glancing blow turns a velocity v along an obstacle into
+one towards it of up to |v| / 2 (frictionless, at 45 degrees), so h is asked for the way to rest from that too, |v|^2 / 8 a.
+And a force lasts: what the last state differed by from the model's, up to what the limits can undo, is added to the
+next (a disturbance observer, Chen et al. 2016).
+
+Where no allowed action is found the robot brakes; where braking breaks h too, `infeasible` counts it, and the robot does
+what leaves most of h: it brakes, or pushes off with all it has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 
@@ -59,7 +66,8 @@ class LinearModel:
 class SafetyFilter:
     """Filters the actions of n robots. barriers: constant ones on the position; those of the observation's "hazards"
     (n, K, 7) join them. margin: what must remain, in metres. gamma in (0, 1]: the share of h that one step may use up.
-    reserve: the share of the deceleration that braking counts on; the rest is for what the model leaves out.
+    reserve: the share of the deceleration that braking counts on; the rest is for what the model leaves out. blows: whether
+    glancing blows are reckoned with.
     """
 
     THETA = np.linspace(0.0, 1.0, 9)
@@ -72,16 +80,19 @@ class SafetyFilter:
         margin: float = 0.01,
         gamma: float = 1.0,
         reserve: float = 0.8,
+        blows: bool = True,
         iterations: int = 4,
     ) -> None:
         self.model, self.barriers = model, list(barriers)
         self.margin, self.gamma, self.iterations = margin, gamma, iterations
         self.braking = reserve * model.deceleration
+        self.blows = 1 / (8 * self.braking) if blows else 0.0
         self.reset(0)
 
     def reset(self, n: int) -> None:
         """Start n episodes: counts (n,) of the actions filtered, changed, and left without an allowed one."""
         self.filtered, self.changed, self.infeasible = (np.zeros(n, dtype=np.int64) for _ in range(3))
+        self.expected: np.ndarray | None = None
 
     def __call__(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
         """The actions (n, Da) to carry out in place of the wanted ones, of observations {"state": (n, Do), ...}."""
@@ -94,19 +105,31 @@ class SafetyFilter:
         barriers = self.barriers + from_rows(rows)
         if not barriers:
             return u
+        drift = self._drift(state)
         bound = self._bound(barriers, state)
-        wrong = ~(self._after(barriers, state, u)[0] >= bound).all(-1)
+        wrong = ~(self._after(barriers, drift, u)[0] >= bound).all(-1)
         if wrong.any():
             self.changed[wrong] += 1
             barriers = self.barriers + from_rows(rows[wrong])
-            u[wrong], lost = self._correct(barriers, state[wrong], u[wrong], bound[wrong])
+            u[wrong], lost = self._correct(barriers, drift[wrong], u[wrong], bound[wrong])
             self.infeasible[wrong] += lost
+        self.expected = state @ self.model.A.T + u @ self.model.B.T
         return u
 
-    def brake(self, state: np.ndarray) -> np.ndarray:
-        """The stop action (n, Da): straight against the velocity, as hard as the limits allow and the rest needs."""
+    def _drift(self, state: np.ndarray) -> np.ndarray:
+        """Where states (n, Do) go by themselves: A s, and what the last step had beside the model."""
+        drift = state @ self.model.A.T
+        if self.expected is None:
+            return drift
+        beside = state - self.expected
+        size = np.linalg.norm(beside[:, self.model.velocity], axis=1, keepdims=True)
+        return drift + beside * np.minimum(1.0, self.model.deceleration * self.model.dt / np.maximum(size, 1e-12))
+
+    def brake(self, drift: np.ndarray) -> np.ndarray:
+        """The stop action (n, Da) where states go to `drift` by themselves: straight against the velocity, as hard as
+        the limits allow and the rest needs."""
         model = self.model
-        u = -np.linalg.solve(model.B[model.velocity], (state @ model.A.T)[:, model.velocity].T).T
+        u = -np.linalg.solve(model.B[model.velocity], drift[:, model.velocity].T).T
         over = np.maximum(u / np.where(u > 0, model.high, model.low), 1e-9).max(axis=1, keepdims=True)
         return u / np.maximum(over, 1.0)
 
@@ -119,30 +142,37 @@ class SafetyFilter:
         return bound
 
     def _correct(
-        self, barriers: Sequence[Barrier], state: np.ndarray, wanted: np.ndarray, bound: np.ndarray
+        self, barriers: Sequence[Barrier], drift: np.ndarray, wanted: np.ndarray, bound: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The nearest allowed actions (n, Da) that were found, the brake where none was, and where it breaks h too."""
-        brake = self.brake(state)
-        u, best = brake.copy(), np.full(len(state), np.inf)
+        brake = self.brake(drift)
+        u, best = brake.copy(), np.full(len(drift), np.inf)
         # from the wish and from the brake: h is not concave in u, and each finds its own side of an obstacle
         for start in (wanted, brake):
             at = start
             for _ in range(self.iterations):
-                at = self._solve(barriers, state, wanted, at, bound)
+                at = self._solve(barriers, drift, wanted, at, bound)
                 cost = np.linalg.norm(at - wanted, axis=1)
-                better = (cost < best) & (self._after(barriers, state, at)[0] >= bound - 1e-9).all(-1)
+                better = (cost < best) & (self._after(barriers, drift, at)[0] >= bound - 1e-9).all(-1)
                 u[better], best[better] = at[better], cost[better]
         # of the brake itself the samples alone are asked: the bound between them has no room for it
-        slack = self._after(barriers, state, brake)[1] - bound
-        return u, np.isinf(best) & (slack < -1e-6).any(-1)
+        slack = (self._after(barriers, drift, brake)[1] - bound).min(-1)
+        lost = np.isinf(best) & (slack < -1e-6)
+        if lost.any():
+            most = np.where(lost, slack, np.inf)
+            # nothing is allowed: of the stop action and pushes all round, what leaves most
+            size = wanted.shape[1]
+            for side in (*np.eye(size), *-np.eye(size), *map(np.array, product((-1.0, 1.0), repeat=size))):
+                push = np.broadcast_to(np.where(side > 0, self.model.high, self.model.low) * abs(side), u.shape)
+                left = (self._after(barriers, drift, push)[1] - bound).min(-1)
+                better = left > most
+                u[better], most[better] = push[better], left[better]
+        return u, lost
 
-    def _after(self, barriers: Sequence[Barrier], state: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _after(self, barriers: Sequence[Barrier], drift: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """h (n, K) after actions u, bounded between the samples, and at the samples alone."""
-        bounded, b = self._stopping(barriers, self._next(state, u), self.model.dt)[:2]
+        bounded, b = self._stopping(barriers, drift + u @ self.model.B.T, self.model.dt)[:2]
         return bounded.min(-1), b.min(-1)
-
-    def _next(self, state: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        return state @ self.model.A.T + actions @ self.model.B.T
 
     def _stopping(self, barriers: Sequence[Barrier], state: np.ndarray, time: float) -> tuple[np.ndarray, ...]:
         """On the ways to rest from states (n, Do): b between neighbouring samples at least (n, K, M - 1), b at the
@@ -164,16 +194,18 @@ class SafetyFilter:
             by_p[:, k] = gradient[..., model.position]
             by_v[:, k] = theta * np.einsum("nmi,nij->nmj", by_p[:, k], jacobian)
             spacing[:, k] = (speed * factor)[:, 0] / (len(theta) - 1)
+        b -= self.blows * (velocity * velocity).sum(-1)[:, None, None]
+        by_v -= 2 * self.blows * velocity[:, None, None]
         between = (b[..., 1:] + b[..., :-1] - spacing[..., None]) / 2
         by_p, by_v = ((g[..., 1:, :] + g[..., :-1, :]) / 2 for g in (by_p, by_v))
         return between, b, by_p, by_v
 
     def _solve(
-        self, barriers: Sequence[Barrier], state: np.ndarray, wanted: np.ndarray, at: np.ndarray, bound: np.ndarray
+        self, barriers: Sequence[Barrier], drift: np.ndarray, wanted: np.ndarray, at: np.ndarray, bound: np.ndarray
     ) -> np.ndarray:
         """The action nearest to `wanted` within the limits and h linearized at `at`, where there is one, else `at`."""
         model = self.model
-        b, _, by_p, by_v = self._stopping(barriers, self._next(state, at), model.dt)
+        b, _, by_p, by_v = self._stopping(barriers, drift + at @ model.B.T, model.dt)
         worst = b.argmin(-1)[..., None]
         rows = np.take_along_axis(b, worst, -1)[..., 0]
         slope = by_p @ model.B[model.position] + by_v @ model.B[model.velocity]

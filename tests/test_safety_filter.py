@@ -83,21 +83,23 @@ def test_the_change_is_the_least_one():
     for _ in range(5):
         state = np.concatenate([[0.0], rng.uniform(-0.3, 0.3, 1), rng.uniform(1.5, 2.2, 1), rng.uniform(-1, 1, 1)])[None]
         wanted = np.array([[1.0, rng.uniform(-1, 1)]])
-        after = filter._after(from_rows(np.repeat(rows, len(grid), 0)), np.repeat(state, len(grid), 0), grid)[0]
+        drift = np.repeat(state @ model.A.T, len(grid), 0)
+        after = filter._after(from_rows(np.repeat(rows, len(grid), 0)), drift, grid)[0]
         allowed = (after >= filter.margin).all(-1)
         if not allowed.any():
             continue
+        filter.reset(1)
         u = filter({"state": state, "hazards": rows}, wanted)
         nearest = np.linalg.norm(grid[allowed] - wanted, axis=1).min()
         assert np.linalg.norm(u - wanted) <= nearest + 0.02
 
 
-def test_a_state_past_saving_brakes_and_is_reported():
+def test_a_state_past_saving_pushes_off_and_is_reported():
     rows = np.array([[[1.0, 0.0, 0.8, 0.8, 2.0, 0.0, 0.0]]])
     state = np.array([[0.1, 0.0, 5.0, 0.0]])
     filter = SafetyFilter(ball())
     u = filter({"state": state, "hazards": rows}, np.array([[1.0, 0.0]]))
-    np.testing.assert_allclose(u, [[-1.0, 0.0]])
+    assert u[0, 0] == -1.0
     assert filter.infeasible.tolist() == [1]
 
 
@@ -128,3 +130,16 @@ def test_identified_models_are_the_true_ones():
     np.testing.assert_allclose(found.A, model.A, atol=1e-9)
     np.testing.assert_allclose(found.B, model.B, atol=1e-9)
     assert found.deceleration == pytest.approx(24.0, rel=0.01)
+
+
+def test_a_steady_force_that_the_model_does_not_know_is_held():
+    """Half the limit pushes towards the obstacle, as a wall or the wind would."""
+    model = ball()
+    rows = np.array([[[1.0, 0.0, 0.8, 0.8, 2.0, 0.0, 0.0]]])
+    filter, state, smallest = SafetyFilter(model, margin=0.02), np.zeros((1, 4)), np.inf
+    wind = np.array([[0.5, 0.0]]) @ model.B.T
+    for _ in range(200):
+        u = filter({"state": state, "hazards": rows}, np.array([[0.3, 0.2]]))
+        state = state @ model.A.T + u @ model.B.T + wind
+        smallest = min(smallest, values(from_rows(rows), state).min())
+    assert smallest > 0.0

@@ -6,6 +6,7 @@ import pytest
 import robots
 from pilotwave.errors import UserError
 from robots.barriers import from_rows, values
+from robots.collect import Demonstrator
 from robots.rollout import rollout
 from robots.safety_filter import SafetyFilter
 from robots.tasks.hazards import CLEAR
@@ -153,3 +154,14 @@ def test_options_that_make_no_sense_are_refused():
         make("hazards", goal="chain")
     with pytest.raises(UserError, match="published"):
         robots.tasks.hazards.HazardMaze("publishd")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_filter_alone_keeps_a_driver_out_that_knows_of_no_hazards(name):
+    """Walls included, which the filter does not know: it is met at full speed beside them."""
+    task = make(name, horizon=200)
+    driver = Demonstrator(task, 0.5)
+    bare = rollout(task, driver, 16, 20020, num_envs=16)
+    guarded = rollout(task, driver, 16, 20020, num_envs=16, guard=SafetyFilter(task.linear_model(), margin=0.02))
+    assert bare["violations"]["episode_rate"] > 0
+    assert guarded["violations"]["worst_margin"] > 0.01

@@ -3,7 +3,8 @@
 A hazard is a superellipse; its barrier (`robots.barriers.Superellipse`, metres, negative inside) of the ball's centre
 is what counts, as in the published set-up, so the ball's radius of 0.1 does not. info["margin"] is the smallest barrier
 of the state that a step ends in; an episode violates where it is negative. The score is the share of episodes that
-reach the goal without a violation. The observation has "hazards" (n, K, 7) beside the maze's own, `barriers.ROW`.
+reach the goal without a violation. info["trapped"] at the end counts local traps: standing (below 0.1 m/s) within 0.2 of a
+hazard, away from the goal. The observation has "hazards" (n, K, 7) beside the maze's own, `barriers.ROW`.
 
 Hazards (Xiao et al. 2023, "SafeDiffuser", arXiv 2306.00148; their code, diffuser/models/diffusion.py of
 github.com/Weixy21/SafeDiffuser). Their centres are given as (column, row) on the drawn map, whose positions are
@@ -41,6 +42,7 @@ from robots.tasks.maps import MazeMap
 from robots.tasks.pointmaze import BALL_RADIUS, PointMaze, cell_of
 
 CLEAR, CLEARANCE, SPACING = 0.1, 0.05, 0.05
+STILL, BESIDE = 0.1, 0.2
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class HazardMaze(PointMaze):
             score="safe_success_rate",
             source=f"{self.spec.source}; SafeDiffuser (Xiao et al. 2023)",
             reference=None,
+            final_info=("trapped",),
         )
         rows, columns = self.maze.walls.shape
         axes = [np.arange(0.0, size - 1.0 + SPACING / 2, SPACING) for size in (rows, columns)]
@@ -166,6 +169,8 @@ class HazardMaze(PointMaze):
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, BoolArray, Info]:
         observation, reward, terminated, info = super().step(actions)
         info["margin"] = values(from_rows(self._rows()), self._state[:, 1:3]).min(-1)
+        still = np.linalg.norm(self._state[:, 3:5], axis=1) < STILL
+        info["trapped"] = still & (info["margin"] < BESIDE) & ~info["success"]
         return observation, reward, terminated, info
 
     def _rows(self) -> np.ndarray:

@@ -1,0 +1,172 @@
+"""Safety on the executed motion: SafeDiffuser's methods and the filter, apart and together, in the mazes with hazards.
+
+    python benchmarks/safety.py                                  # the table of docs/planners/safe.md: 1000 episodes a row
+    python benchmarks/safety.py --episodes 100 --seed 20000 --rows moving --workers 2 --out /tmp/moving.json
+
+Episode i resets with seed + i. Each worker runs 50 episodes side by side and plans on a GPU where there is one; the time of
+one plan is measured alone, on the CPU with one thread, before the rest starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = ROOT / "checkpoints" / "pointmaze-large-diffuser"
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a task, the controller's settings, and the filter's margin (None: no filter)."""
+
+    name: str
+    task: str
+    controller: dict[str, Any] = field(default_factory=dict)
+    filter: float | None = None
+
+
+FILTER = 0.02
+ROWS = [
+    Row("two hazards, Diffuser", "hazards"),
+    Row("two hazards, Diffuser, filter", "hazards", {}, FILTER),
+    *[
+        Row(f"two hazards, {name}{', filter' if margin else ''}", "hazards", {"safety": method}, margin)
+        for method, name in (("ros", "RoS"), ("res", "ReS"), ("tvs", "TVS"), ("correct", "correct"))
+        for margin in (None, FILTER)
+    ],
+    Row("never seen, Diffuser", "random-hazards"),
+    Row("never seen, correct", "random-hazards", {"safety": "correct"}),
+    Row("never seen, correct, filter", "random-hazards", {"safety": "correct"}, FILTER),
+    Row("narrow, Diffuser", "narrow"),
+    Row("narrow, correct, filter", "narrow", {"safety": "correct"}, FILTER),
+    Row("moving, Diffuser", "moving-hazards"),
+    Row("moving, correct", "moving-hazards", {"safety": "correct", "replan_every": 5}),
+    Row("moving, correct, filter", "moving-hazards", {"safety": "correct", "replan_every": 5}, FILTER),
+]
+
+
+def shard(row: Row, first: int, episodes: int, run: str) -> tuple[str, dict[str, Any], float]:
+    """Episodes first, first + 1, ... of a row."""
+    import torch
+
+    torch.set_num_threads(1)
+    import planners
+    import robots
+    from robots.rollout import rollout
+    from robots.safety_filter import SafetyFilter
+
+    began = time.perf_counter()
+    planner = planners.load(run, device="auto")
+    task = robots.make(f"pointmaze-large-{row.task}")
+    guard = None if row.filter is None else SafetyFilter(task.linear_model(), margin=row.filter)
+    controller = planner.controller(task.spec, seed=first, **row.controller)
+    return row.name, rollout(task, controller, episodes, first, num_envs=BATCH, guard=guard), time.perf_counter() - began
+
+
+def plan_times(run: str, plans: int = 20) -> dict[str, float]:
+    """Median milliseconds of one plan of 8 candidates for one robot: Diffuser, and each method of SafeDiffuser."""
+    import torch
+
+    torch.set_num_threads(1)
+    import planners
+    import robots
+    from planners.safe import METHODS, SafeDiffuser
+
+    diffuser = planners.load(run)
+    task = robots.make("pointmaze-large-hazards")
+    every = {"Diffuser": None} | {method: SafeDiffuser(diffuser, method) for method in METHODS}
+    times: dict[str, list[float]] = {name: [] for name in every}
+    generator = torch.Generator()
+    for k in range(plans + 2):
+        seen = task.reset([k])
+        for name, planner in every.items():
+            began = time.perf_counter()
+            generator.manual_seed(k)
+            if planner is None:
+                diffuser.plan(seen["state"], seen["goal"], 8, generator=generator)
+            else:
+                planner.plan(seen["state"], seen["goal"], 8, hazards=seen["hazards"], generator=generator)
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: float(np.median(measured[2:])) for name, measured in times.items()}
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a row from those of its shards."""
+    every = {key: np.concatenate([part["per_episode"][key] for part in parts]) for key in ("margin", "success", "trapped")}
+    reach = [s for part in parts for s in part["per_episode"]["first_reach_steps"] if s is not None]
+    margin = every["margin"].astype(float)
+    figures = {
+        "episodes": len(margin),
+        "safe_success": float((every["success"] & (margin >= 0)).mean()),
+        "success": float(every["success"].mean()),
+        "violating_episodes": int((margin < 0).sum()),
+        "worst_margin": float(margin.min()),
+        "first_reach_steps": float(np.mean(reach)) if reach else None,
+        "trapped": float(every["trapped"].mean()),
+        "decision_p50_ms": float(np.median([part["decision_ms"]["p50"] for part in parts])),
+    }
+    if "filter" in parts[0]:
+        figures["filter_changed"] = float(np.mean([part["filter"]["changed_rate"] for part in parts]))
+        figures["filter_infeasible_steps"] = int(sum(part["filter"]["infeasible_steps"] for part in parts))
+    return figures
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| | safe success | success | episodes with a violation | worst margin, m | trapped | first reach | filter acts |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name, r in results["rows"].items():
+        changed = f"{100 * r['filter_changed']:.1f} %" if "filter_changed" in r else ""
+        reach = f"{r['first_reach_steps']:.0f}" if r["first_reach_steps"] else "-"
+        lines.append(
+            f"| {name} | {100 * r['safe_success']:.1f} % | {100 * r['success']:.1f} % | {r['violating_episodes']} of "
+            f"{r['episodes']} | {r['worst_margin']:+.3f} | {100 * r['trapped']:.1f} % | {reach} | {changed} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", default="", help="words, separated by +; rows whose name holds one of them")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--run", default=str(RUN))
+    parser.add_argument("--plans", type=int, default=20, help="plans timed; 0: none")
+    parser.add_argument("--out", default=str(ROOT / "docs" / "results" / "safety.json"))
+    options = parser.parse_args()
+    rows = [row for row in ROWS if any(word in row.name for word in options.rows.split("+"))]
+    times = plan_times(options.run, options.plans) if options.plans else {}
+    parts: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
+    out, size = Path(options.out), min(BATCH, max(1, options.episodes))
+    results: dict[str, Any] = {"seed": options.seed, "plan_ms": times, "rows": {}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(shard, row, options.seed + k, min(size, options.episodes - k), options.run)
+            for row in rows
+            for k in range(0, options.episodes, size)
+        ]
+        for job in jobs:
+            name, metrics, seconds = job.result()
+            parts[name].append(metrics)
+            results["rows"][name] = merged(parts[name])
+            print(f"{name}: {results['rows'][name]['episodes']} episodes, {seconds:.0f} s", flush=True)
+            out.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(times))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""SafeDiffuser (Xiao et al. 2023, arXiv 2306.00148): plans of a trained Diffuser that keep to barriers, untrained for.
+
+The sampler's state x is changed least, after every update to a level t, so that each token's b(x) is at least
+
+    RoS       margin                        the robust-safe QP at every level
+    ReS       margin once t <= `hard`       relaxed before: its slack variable is so cheap there (1e-4 of the change's
+                                            cost, in the public code) that nothing is constrained
+    TVS       margin - s(t), s = depth t    a bound that tightens along the denoising and ends at the full one (the
+                                            public code adds its derivative with the wrong sign, and ends slightly unsafe)
+    correct   nothing until the end         generate, then correct once, as SafeFlowMatcher (2026) proposes
+
+in the task's units. This is the discrete-time barrier condition b(x_next) >= (1 - k) b(x_now) with their k = 1. The
+paper linearizes b at x_now, which is the same for its hundreds of small updates; with 8 large ones, the tangent at x_now would
+forbid all that lies behind an obstacle.
+
+What the plan is worth on the robot is decided after the last update, for each method alike: the path is refined to
+`refine` points a token, as it will be tracked, every point is projected to b >= `margin` after the pins, and the margin
+holds the tracking error: what the robot was measured to stray from such paths. Plans with a point or a segment that
+could not be made safe rank behind all others. The corrected plan is then judged by Diffuser's own measure, which sees
+plans that the correction has pushed into a wall.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pilotwave.errors import UserError, nearest
+from planners.controller import PlanController
+from planners.diffuser import UNSAFE, Diffuser
+from planners.plan import Corrected, Plan
+from robots import Chunk
+from robots.barriers import Barrier, Superellipse, from_rows, project, values
+
+FAR = Superellipse((1e6, 1e6), (1.0, 1.0))
+
+
+class Constraint:
+    """`during` and `after` of one planning call: barriers for each plan of the batch, of positions in the first d features
+    of the observation (d = goal_dim) with velocities in the next d."""
+
+    def __init__(self, planner: SafeDiffuser, barriers: Sequence[Barrier]) -> None:
+        self.planner, self.barriers = planner, list(barriers)
+        diffuser = planner.diffuser
+        self.times = planner.until(np.arange(diffuser.H) * diffuser.stride * diffuser.spec.dt)
+        self.do, self.d = diffuser.spec.observation_dim, diffuser.spec.goal_dim
+
+    def during(self, x: Tensor, t: Tensor) -> Tensor:
+        slack = METHODS[self.planner.method](self.planner, float(t))
+        if math.isinf(slack):
+            return x
+        normalizer = self.planner.diffuser.normalizer
+        states = normalizer.denormalize("observation", x[..., : self.do])
+        states, _ = project(states, self.barriers, self.planner.margin - slack, self.times)
+        return torch.cat([normalizer.normalize("observation", states), x[..., self.do :]], -1)
+
+    def after(self, observations: Tensor, arrival: Tensor | None) -> Corrected:
+        planner, m, d = self.planner, self.planner.refine, self.d
+        coarse = observations if arrival is None else planner.diffuser._stay(observations, arrival)
+        tokens = torch.arange((coarse.shape[1] - 1) * m + 1, device=coarse.device) / m
+        low = tokens.long().clamp(max=coarse.shape[1] - 2)
+        weight = (tokens - low)[:, None].to(coarse.dtype)
+        path = (1 - weight) * coarse[:, low] + weight * coarse[:, low + 1]
+        dt = planner.diffuser.stride * planner.diffuser.spec.dt / m
+        time = planner.until(np.arange(path.shape[1]) * dt)
+        # where the robot is cannot be changed, nor asked more of than it gives
+        projected, _ = project(path, self.barriers, planner.margin, time)
+        projected[:, 0] = path[:, 0]
+        moved = projected[..., :d] - path[..., :d]
+        path = torch.cat([projected[..., :d], path[..., d:]], -1)
+        if path.shape[-1] >= 2 * d:
+            path[..., d : 2 * d] += torch.gradient(moved, spacing=dt, dim=1)[0]
+        middle = (path[:, 1:] + path[:, :-1]) / 2
+        halfway = (time[1:] + time[:-1]) / 2
+        ends, between = values(self.barriers, path[:, 1:], time[1:]), values(self.barriers, middle, halfway)
+        # on the way out of a margin that the robot stands in, points may be as near as it is
+        start = values(self.barriers, path[:, :1], 0.0).clamp(max=planner.margin) - 1e-4
+        least = torch.minimum(start, torch.full_like(start, planner.margin - 1e-4))
+        safe = (ends >= least).all(-1).all(-1) & (between >= least - planner.sag).all(-1).all(-1)
+        longest = planner.diffuser.longest_step
+        moves = path[..., :d].diff(dim=1).norm(dim=-1) * m
+        safe &= (moves <= planner.haste * longest).all(-1)
+        kept = coarse.clone()
+        kept[..., : 2 * d] = path[:, ::m, : 2 * d]
+        if arrival is not None:
+            until = torch.arange(coarse.shape[1], device=coarse.device)[None] <= arrival[:, None]
+            kept = torch.where(until[..., None], kept, observations)
+        return Corrected(kept, path, safe)
+
+
+METHODS: dict[str, Callable[[SafeDiffuser, float], float]] = {
+    "ros": lambda planner, t: 0.0,
+    "res": lambda planner, t: 0.0 if t <= planner.hard else math.inf,
+    "tvs": lambda planner, t: planner.depth * t,
+    "correct": lambda planner, t: math.inf,
+}
+"""Method -> metres by which states at level t may fall short of the margin."""
+
+
+class SafeDiffuser:
+    """A trained Diffuser whose plans keep to barriers.
+
+    method: a key of METHODS. margin: metres that plans keep from barriers, the tracking error. refine: points a token of
+    the path. ahead: seconds for which moving barriers are taken to go on as they do. hard: the level from which ReS
+    is strict. depth: metres of TVS's slack at t = 1. haste: a corrected step of more than this times the data's longest
+    is a leap through an obstacle. sag: what a segment may lose between its points.
+    """
+
+    def __init__(
+        self,
+        diffuser: Diffuser,
+        method: str = "res",
+        *,
+        margin: float = 0.05,
+        refine: int = 4,
+        ahead: float = 0.5,
+        hard: float = 0.3,
+        depth: float = 1.0,
+        haste: float = 2.0,
+        sag: float = 0.02,
+    ) -> None:
+        if method not in METHODS:
+            raise nearest("controller.safety", str(method), METHODS)
+        if not isinstance(diffuser, Diffuser) or not diffuser.spec.goal_dim:
+            raise UserError("controller.safety needs a Diffuser whose first observations are positions to go to")
+        self.diffuser, self.method, self.margin, self.refine = diffuser, method, margin, refine
+        self.ahead, self.haste, self.sag = ahead, haste, sag
+        self.hard: float = hard
+        self.depth: float = depth
+        # as controllers see it: a planner of finer tokens
+        self.spec, self.table = diffuser.spec, diffuser.table
+        self.H, self.stride = (diffuser.H - 1) * refine + 1, diffuser.stride / refine
+
+    def until(self, times: np.ndarray) -> np.ndarray:
+        """The times for which barriers are moved on."""
+        return np.minimum(times, self.ahead)
+
+    def plan(
+        self,
+        observation: np.ndarray,
+        goal: np.ndarray,
+        samples: int = 1,
+        *,
+        barriers: Sequence[Barrier] = (),
+        hazards: np.ndarray | None = None,
+        sampler: Mapping[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+        quantiles: np.ndarray | None = None,
+    ) -> Plan:
+        """`Diffuser.plan` under constant barriers and hazards (K, 7) or (B, K, 7); `plan.observations` (..., H', Do) are
+        the refined paths, `refine` points a token, and unsafe plans have values below -UNSAFE / 2."""
+        every = list(barriers)
+        if hazards is not None:
+            rows = hazards[None] if hazards.ndim == 2 else hazards
+            every += from_rows(np.repeat(rows, samples, 0))
+        constraint = Constraint(self, every or [FAR])
+        return self.diffuser.plan(observation, goal, samples, sampler=sampler, generator=generator, correction=constraint)
+
+
+class SafeController(PlanController):
+    """PlanController under barriers: constant ones, and the observation's "hazards" (n, K, 7) where a task has them.
+
+    At each decision a robot also gets a new plan when the rest of its own is no longer safe. Where no candidate is safe
+    the robot stands still and asks again at the next decision. A robot that stands although its plan goes on is in a
+    local trap: the place ahead of it becomes one of `memory` hazards of its own that its next plans avoid too (the
+    filter does not see them).
+    """
+
+    AHEAD, RADIUS, STILL = 0.35, 0.25, 0.15  # metres, metres, metres a second
+    DETOUR = (0.2, 0.98)  # shares of the data's ways
+
+    def __init__(
+        self, planner: SafeDiffuser, *args: Any, barriers: Sequence[Barrier] = (), memory: int = 4, **options: Any
+    ) -> None:
+        self.barriers, self.memory = list(barriers), memory
+        super().__init__(planner, *args, **options)
+
+    def reset(self, n: int) -> None:
+        super().reset(n)
+        self.waiting = np.zeros(n, dtype=bool)
+        self.waits = np.zeros(n, dtype=np.int64)
+        self.traps = np.zeros((n, self.memory, 7))
+        self.traps[..., :5] = (1e6, 1e6, 1.0, 1.0, 2.0)
+        self.trapped = np.zeros(n, dtype=np.int64)
+
+    def act(self, history: Mapping[str, np.ndarray], step: int) -> Chunk:
+        """history: "state" (n, 1, Do), "goal" (n, 1, Dg), perhaps "hazards" (n, 1, K, 7) -> references of n safe plans."""
+        state, goal = history["state"][:, -1], history["goal"][:, -1]
+        first = self.plan is None or len(self.begun) != len(state)
+        hazards = history["hazards"][:, -1] if "hazards" in history else np.zeros((len(state), 0, 7))
+        renew = self._renew(state, goal, step)
+        if self.plan is not None and not first:
+            now = self._from_now(self.plan.observations[:, 0], step)
+            renew |= self.waiting | self._stuck(state, now) | ~self._safe(now, hazards)
+        if renew.any():
+            known = np.concatenate([hazards, self.traps], 1)[renew]
+            plan = self.planner.plan(
+                state[renew], goal[renew], self.samples, barriers=self.barriers, hazards=known,
+                sampler=self.sampler, generator=self.generator, quantiles=self._quantiles()[renew],
+            )  # fmt: skip
+            self.waiting[renew] = waits = plan.values[:, 0] < -UNSAFE / 2
+            self.waits[renew] += waits
+            # standing: where it is, at rest
+            stand = plan.observations[:, 0, :1].copy()
+            stand[..., self.goal_dim :] = 0
+            plan.observations[waits, 0] = stand[waits]
+            self._keep(plan, renew)
+            self.begun[renew], self.goals[renew] = step, goal[renew]
+        assert self.plan is not None
+        return Chunk(self._from_now(self.plan.observations[:, 0], step), dt=self.dt, plan=self.plan.observations[:, 0, :, :2])
+
+    def _quantiles(self) -> np.ndarray:
+        """(n, 2): usual durations at first, long ones too for robots that found the usual way closed."""
+        usual = np.array(self.planner.diffuser.config["duration_quantiles"], dtype=np.float64)
+        return np.where(((self.waits + self.trapped) > 0)[:, None], self.DETOUR, usual)
+
+    def _safe(self, path: np.ndarray, hazards: np.ndarray) -> np.ndarray:
+        """Whether paths (n, H', Do) from now on keep out of where hazards are then (n,)."""
+        every = self.barriers + from_rows(hazards)
+        if not every:
+            return np.ones(len(path), dtype=bool)
+        time = self.planner.until(np.arange(path.shape[1]) * self.dt)
+        return (values(every, path.astype(np.float64), time) >= 0).all((1, 2))
+
+    def _stuck(self, state: np.ndarray, now: np.ndarray) -> np.ndarray:
+        """Robots (n,) that stand where their plans (n, H', Do) go on; their places ahead are remembered."""
+        d = self.goal_dim
+        gap = now[:, 0, :d] - state[:, :d]
+        distance = np.linalg.norm(gap, axis=1)
+        stuck = (np.linalg.norm(state[:, d : 2 * d], axis=1) < self.STILL) & (distance > self.AHEAD) & ~self.waiting
+        for i in np.flatnonzero(stuck):
+            slot = self.trapped[i] % self.memory
+            self.traps[i, slot, :2] = state[i, :d] + self.AHEAD * gap[i] / distance[i]
+            self.traps[i, slot, 2:4] = self.RADIUS
+            self.trapped[i] += 1
+        return stuck
