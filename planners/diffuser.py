@@ -68,9 +68,9 @@ class Durations(nn.Module):
         return self.mlp(self.fourier(x))
 
     def quantiles(self, x: Tensor, q: Tensor) -> Tensor:
-        """Arrival tokens (B, n) before which a share q (n,) or (B, n) of the data's ways from x (B, Do + Dg) has arrived."""
+        """Arrival tokens (B, n) before which a share q (n,) of the data's ways from x (B, Do + Dg) has arrived."""
         cumulative = self(x).float().softmax(-1).cumsum(-1)
-        return (cumulative[:, None] < q[..., None]).sum(-1).clamp_max(cumulative.shape[-1] - 1) + 1
+        return (cumulative[:, None] < q[:, None]).sum(-1).clamp_max(cumulative.shape[-1] - 1) + 1
 
 
 @register
@@ -253,14 +253,12 @@ class Diffuser(Algorithm):
         sampler: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
         correction: Correction | None = None,
-        quantiles: np.ndarray | None = None,
     ) -> Plan:
         """Plans from observations (Do,) or (B, Do) to goals (Dg,) or (B, Dg), in the task's units.
 
         Returns a Plan of (samples, H, ...) or (B, samples, H, ...), best first: by the value network, or else by
         early arrival among the plans that the denoiser itself finds likely. Goals are needed where the data has them.
-        correction: changes the states while they are sampled and after, before the plans are judged. quantiles (B, 2): the
-        shares of the data's ways between which each robot's arrivals are spread, in place of the config's.
+        correction: changes the states while they are sampled and after, before the plans are judged.
         """
         observation = self._checked("observation", observation, self.spec.observation_dim)
         single = observation.ndim == 1
@@ -278,7 +276,7 @@ class Diffuser(Algorithm):
             full = np.concatenate([goal, observation[:, self.spec.goal_dim :]], axis=1)
             g = self.normalizer.normalize("observation", torch.as_tensor(full, dtype=torch.float32, device=device))
             g = g[:, : self.spec.goal_dim].repeat_interleave(samples, 0)
-            arrival = self._arrivals(o[::samples], g[::samples], samples, quantiles).flatten()
+            arrival = self._arrivals(o[::samples], g[::samples], samples).flatten()
         hook = None if correction is None else correction.during
         x = self.sample_plans(o, g, arrival, self.table(sampler), generator, hook)
         b, do = len(observation), self.spec.observation_dim
@@ -291,7 +289,7 @@ class Diffuser(Algorithm):
         if arrival is not None:
             observations = self._stay(observations, arrival)
         if correction is not None:
-            observations, values = corrected.path, torch.where(corrected.safe, values, values - UNSAFE)
+            observations, values = corrected.path, values - corrected.cost - UNSAFE * (~corrected.safe)
         actions = None
         if "action" in self.layout:
             actions = self.normalizer.denormalize("action", x[..., self.layout["action"]])
@@ -305,15 +303,12 @@ class Diffuser(Algorithm):
         parts = [None if part is None else best_first(part) for part in (actions, arrival)]
         return Plan(best_first(observations), parts[0], best_first(values), parts[1])
 
-    def _arrivals(self, o: Tensor, g: Tensor, samples: int, quantiles: np.ndarray | None = None) -> Tensor:
+    def _arrivals(self, o: Tensor, g: Tensor, samples: int) -> Tensor:
         """The tokens (B, samples) to arrive at: spread over the usual durations from o (B, Do) to g (B, Dg), or the last."""
         if not self.arrivals.durations:
             return torch.full((len(o), samples), self.H - 1, device=o.device)
         low, high = self.config["duration_quantiles"]
         q = torch.linspace(low, high, samples, device=o.device)
-        if quantiles is not None:
-            ends = torch.as_tensor(quantiles, dtype=q.dtype, device=o.device)
-            q = ends[:, :1] + (ends[:, 1:] - ends[:, :1]) * torch.linspace(0.0, 1.0, samples, device=o.device)
         return self.durations.quantiles(torch.cat([o, g], -1), q)
 
     def _stay(self, observations: Tensor, arrival: Tensor) -> Tensor:

@@ -25,11 +25,13 @@ class Plan:
 @dataclass
 class Corrected:
     """Plans after a correction, in the task's units: states (B, H, Do) at the tokens, the path (B, H', Do) to follow
-    in their place (over the same time, perhaps finer), and which plans hold what was asked (B,)."""
+    in their place (over the same time, perhaps finer), which plans hold what was asked (B,), and what the correction costs
+    of their values (B,)."""
 
     observations: Tensor
     path: Tensor
     safe: Tensor
+    cost: Tensor
 
 
 class Correction(Protocol):

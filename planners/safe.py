@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pilotwave.errors import UserError, nearest
 from planners.controller import PlanController
-from planners.diffuser import UNSAFE, Diffuser
+from planners.diffuser import Diffuser
 from planners.plan import Corrected, Plan
 from robots import Chunk
 from robots.barriers import Barrier, Superellipse, from_rows, project, values
@@ -84,13 +84,14 @@ class Constraint:
         safe = (ends >= least).all(-1).all(-1) & (between >= least - planner.sag).all(-1).all(-1)
         longest = planner.diffuser.longest_step
         moves = path[..., :d].diff(dim=1).norm(dim=-1) * m
-        safe &= (moves <= planner.haste * longest).all(-1)
+        furthest = moved.norm(dim=-1).amax(1)
+        safe &= (moves <= planner.haste * longest).all(-1) & (furthest <= planner.reach)
         kept = coarse.clone()
         kept[..., : 2 * d] = path[:, ::m, : 2 * d]
         if arrival is not None:
             until = torch.arange(coarse.shape[1], device=coarse.device)[None] <= arrival[:, None]
             kept = torch.where(until[..., None], kept, observations)
-        return Corrected(kept, path, safe)
+        return Corrected(kept, path, safe, planner.bend * furthest)
 
 
 METHODS: dict[str, Callable[[SafeDiffuser, float], float]] = {
@@ -105,10 +106,12 @@ METHODS: dict[str, Callable[[SafeDiffuser, float], float]] = {
 class SafeDiffuser:
     """A trained Diffuser whose plans keep to barriers.
 
-    method: a key of METHODS. margin: metres that plans keep from barriers, the tracking error. refine: points a token of
-    the path. ahead: seconds for which moving barriers are taken to go on as they do. hard: the level from which ReS
-    is strict. depth: metres of TVS's slack at t = 1. haste: a corrected step of more than this times the data's longest
-    is a leap through an obstacle. sag: what a segment may lose between its points.
+    method: a key of METHODS. margin: metres that plans keep from barriers: the tracking error. refine: points a token
+    of the path. ahead: seconds for which moving barriers are taken to go on as they do. hard: the level from which
+    ReS is strict. depth: metres of TVS's slack at t = 1. haste: a corrected step of more than this times the data's
+    longest is a leap through an obstacle. sag: what a segment may lose between its points. reach: a plan that must be
+    moved further than this, in metres, leads through an obstacle and counts as unsafe. bend: what a metre of change
+    costs of a plan's value.
     """
 
     def __init__(
@@ -123,13 +126,15 @@ class SafeDiffuser:
         depth: float = 1.0,
         haste: float = 2.0,
         sag: float = 0.02,
+        reach: float = 0.35,
+        bend: float = 4.0,
     ) -> None:
         if method not in METHODS:
             raise nearest("controller.safety", str(method), METHODS)
         if not isinstance(diffuser, Diffuser) or not diffuser.spec.goal_dim:
             raise UserError("controller.safety needs a Diffuser whose first observations are positions to go to")
         self.diffuser, self.method, self.margin, self.refine = diffuser, method, margin, refine
-        self.ahead, self.haste, self.sag = ahead, haste, sag
+        self.ahead, self.haste, self.sag, self.reach, self.bend = ahead, haste, sag, reach, bend
         self.hard: float = hard
         self.depth: float = depth
         # as controllers see it: a planner of finer tokens
@@ -139,6 +144,13 @@ class SafeDiffuser:
     def until(self, times: np.ndarray) -> np.ndarray:
         """The times for which barriers are moved on."""
         return np.minimum(times, self.ahead)
+
+    def places(self, n: int, generator: torch.Generator) -> np.ndarray:
+        """Places (n, Dg) uniform over the range of the data."""
+        unit = 2 * torch.rand((n, self.spec.observation_dim), generator=generator) - 1
+        normalizer = self.diffuser.normalizer
+        drawn = normalizer.denormalize("observation", unit.to(self.diffuser.longest_step.device))
+        return drawn[:, : self.spec.goal_dim].cpu().numpy()
 
     def plan(
         self,
@@ -150,7 +162,6 @@ class SafeDiffuser:
         hazards: np.ndarray | None = None,
         sampler: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
-        quantiles: np.ndarray | None = None,
     ) -> Plan:
         """`Diffuser.plan` under constant barriers and hazards (K, 7) or (B, K, 7); `plan.observations` (..., H', Do) are
         the refined paths, `refine` points a token, and unsafe plans have values below -UNSAFE / 2."""
@@ -166,58 +177,111 @@ class SafeController(PlanController):
     """PlanController under barriers: constant ones, and the observation's "hazards" (n, K, 7) where a task has them.
 
     At each decision a robot also gets a new plan when the rest of its own is no longer safe. Where no candidate is safe
-    the robot stands still and asks again at the next decision. A robot that stands although its plan goes on is in a
-    local trap: the place ahead of it becomes one of `memory` hazards of its own that its next plans avoid too (the
-    filter does not see them).
+    and likely (valued at `likely` or more), the robot stands still and asks again at the next decision. The way that
+    the data usually take may be closed, so in turns it then looks for a way in two legs: half of the `samples` lead to
+    places drawn uniformly from the data's range, the others on from there, and the best pair of safe, likely legs gives
+    the place to go to first; one that leads on well is kept, and also planned to with all samples. A robot that
+    stands although its plan goes on is in a local trap: the place ahead of it becomes one of `memory` hazards of its
+    own that its next plans avoid too (the filter does not see them).
     """
 
     AHEAD, RADIUS, STILL = 0.35, 0.25, 0.15  # metres, metres, metres a second
-    DETOUR = (0.2, 0.98)  # shares of the data's ways
 
     def __init__(
-        self, planner: SafeDiffuser, *args: Any, barriers: Sequence[Barrier] = (), memory: int = 4, **options: Any
+        self,
+        planner: SafeDiffuser,
+        *args: Any,
+        barriers: Sequence[Barrier] = (),
+        memory: int = 4,
+        likely: float = -3.5,
+        **options: Any,
     ) -> None:
-        self.barriers, self.memory = list(barriers), memory
+        self.barriers, self.memory, self.likely = list(barriers), memory, likely
         super().__init__(planner, *args, **options)
 
     def reset(self, n: int) -> None:
         super().reset(n)
         self.waiting = np.zeros(n, dtype=bool)
-        self.waits = np.zeros(n, dtype=np.int64)
-        self.traps = np.zeros((n, self.memory, 7))
-        self.traps[..., :5] = (1e6, 1e6, 1.0, 1.0, 2.0)
-        self.trapped = np.zeros(n, dtype=np.int64)
+        self.waits, self.trapped = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
+        self.traps = np.tile((1e6, 1e6, 1.0, 1.0, 2.0, 0.0, 0.0), (n, self.memory, 1))
+        self.by_way_of = np.full((n, self.goal_dim), np.nan)
+        self.onward, self.onward_value = self.by_way_of.copy(), np.full(n, -np.inf)
 
     def act(self, history: Mapping[str, np.ndarray], step: int) -> Chunk:
         """history: "state" (n, 1, Do), "goal" (n, 1, Dg), perhaps "hazards" (n, 1, K, 7) -> references of n safe plans."""
         state, goal = history["state"][:, -1], history["goal"][:, -1]
-        first = self.plan is None or len(self.begun) != len(state)
-        hazards = history["hazards"][:, -1] if "hazards" in history else np.zeros((len(state), 0, 7))
-        renew = self._renew(state, goal, step)
-        if self.plan is not None and not first:
+        n = len(state)
+        hazards = history["hazards"][:, -1] if "hazards" in history else np.zeros((n, 0, 7))
+        if self.plan is None or len(self.begun) != n:
+            self.reset(n)
+        there = np.linalg.norm(state[:, : self.goal_dim] - self.by_way_of, axis=1) < (self.deviation or np.inf)
+        self.by_way_of[there] = np.nan
+        aim = np.where(np.isnan(self.by_way_of), goal, self.by_way_of)
+        renew = self._renew(state, aim, step)
+        if self.plan is not None:
             now = self._from_now(self.plan.observations[:, 0], step)
             renew |= self.waiting | self._stuck(state, now) | ~self._safe(now, hazards)
-        if renew.any():
-            known = np.concatenate([hazards, self.traps], 1)[renew]
-            plan = self.planner.plan(
-                state[renew], goal[renew], self.samples, barriers=self.barriers, hazards=known,
-                sampler=self.sampler, generator=self.generator, quantiles=self._quantiles()[renew],
-            )  # fmt: skip
-            self.waiting[renew] = waits = plan.values[:, 0] < -UNSAFE / 2
-            self.waits[renew] += waits
-            # standing: where it is, at rest
-            stand = plan.observations[:, 0, :1].copy()
-            stand[..., self.goal_dim :] = 0
-            plan.observations[waits, 0] = stand[waits]
-            self._keep(plan, renew)
-            self.begun[renew], self.goals[renew] = step, goal[renew]
+        known = np.concatenate([hazards, self.traps], 1)
+        # turns: a plan to the goal, one in two legs, and once a place is known that leads on, one to there
+        legs = renew & (self.waits % 2 == 1)
+        onward = renew & ~legs & (self.waits > 1) & ~np.isnan(self.onward[:, 0])
+        aim[onward] = self.onward[onward]
+        self.by_way_of[onward] = self.onward[onward]
+        for which, search in ((renew & ~legs, self._direct), (legs, self._two_legs)):
+            if which.any():
+                plan = search(state, aim if search == self._direct else goal, known, which)
+                self.waiting[which] = waits = plan.values[:, 0] < self.likely
+                self.waits[which] = np.where(waits, self.waits[which] + 1, 0)
+                # standing: where it is, at rest
+                stand = state[which, None].copy()
+                stand[..., self.goal_dim :] = 0
+                plan.observations[waits, 0] = stand[waits]
+                self.by_way_of[np.flatnonzero(which)[waits]] = np.nan
+                self._keep(plan, which)
+                self.begun[which] = step
+        self.goals[renew] = np.where(np.isnan(self.by_way_of), goal, self.by_way_of)[renew]
         assert self.plan is not None
-        return Chunk(self._from_now(self.plan.observations[:, 0], step), dt=self.dt, plan=self.plan.observations[:, 0, :, :2])
+        path = self._from_now(self.plan.observations[:, 0], step)
+        return Chunk(path, dt=self.dt, plan=self.plan.observations[:, 0, :, :2])
 
-    def _quantiles(self) -> np.ndarray:
-        """(n, 2): usual durations at first, long ones too for robots that found the usual way closed."""
-        usual = np.array(self.planner.diffuser.config["duration_quantiles"], dtype=np.float64)
-        return np.where(((self.waits + self.trapped) > 0)[:, None], self.DETOUR, usual)
+    def _direct(self, state: np.ndarray, aim: np.ndarray, hazards: np.ndarray, which: np.ndarray) -> Plan:
+        """Plans (m, samples, ...) of the robots of a mask."""
+        return self.planner.plan(
+            state[which], aim[which], self.samples, barriers=self.barriers, hazards=hazards[which],
+            sampler=self.sampler, generator=self.generator,
+        )  # fmt: skip
+
+    def _two_legs(self, state: np.ndarray, goal: np.ndarray, hazards: np.ndarray, which: np.ndarray) -> Plan:
+        """First legs (m, 1, ...) of the robots of a mask, valued by the worse leg; `by_way_of` is where they lead."""
+        rows, half, d = np.flatnonzero(which), max(1, self.samples // 2), self.goal_dim
+        places = self.planner.places(len(rows) * half, self.generator).astype(state.dtype)
+        # the place known to lead on is tried again and again
+        known = ~np.isnan(self.onward[rows, 0])
+        places.reshape(len(rows), half, d)[known, 0] = self.onward[rows][known]
+        start, end = np.repeat(state[rows], half, 0), np.repeat(goal[rows], half, 0)
+        between = np.concatenate([places, np.zeros_like(start[:, d:])], 1)
+        plan = self.planner.plan(
+            np.concatenate([start, between]), np.concatenate([places, end]), 1, barriers=self.barriers,
+            hazards=np.tile(np.repeat(hazards[rows], half, 0), (2, 1, 1)), sampler=self.sampler, generator=self.generator,
+        )  # fmt: skip
+        to, on = plan.values[:, 0].reshape(2, len(rows), half)
+        on[:, 0] = np.maximum(on[:, 0], np.where(known, self.onward_value[rows], -np.inf))
+        worse = np.minimum(to, on)
+        best, last = worse.argmax(1), on.argmax(1)
+        better = (on.max(1) > self.onward_value[rows]) & (on.max(1) >= self.likely)
+        self.onward[rows[better]] = places.reshape(len(rows), half, d)[better, last[better]]
+        self.onward_value[rows[better]] = on.max(1)[better]
+        chosen = np.arange(len(rows)) * half + best
+        self.by_way_of[rows] = places[chosen]
+        return Plan(plan.observations[chosen], None, worse.max(1)[:, None])
+
+    def _keep(self, plan: Plan, renew: np.ndarray) -> None:
+        """States alone are tracked; robots that have no plan yet are in the mask of the first or the second search."""
+        if self.plan is None:
+            self.plan = Plan(
+                np.zeros((len(renew), 1, *plan.observations.shape[2:]), plan.observations.dtype), None, np.zeros((len(renew), 1))
+            )
+        self.plan.observations[renew], self.plan.values[renew] = plan.observations[:, :1], plan.values[:, :1]
 
     def _safe(self, path: np.ndarray, hazards: np.ndarray) -> np.ndarray:
         """Whether paths (n, H', Do) from now on keep out of where hazards are then (n,)."""
