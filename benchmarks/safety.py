@@ -100,6 +100,31 @@ def plan_times(run: str, plans: int = 20) -> dict[str, float]:
     return {name: float(np.median(measured[2:])) for name, measured in times.items()}
 
 
+def tracking_error(run: str, episodes: int, seed: int) -> dict[str, float]:
+    """How far, in metres, the robot strays from the path of its plan (not from where on it it should be), on unguarded
+    roll-outs in the maze without hazards, over the steps before the goal is reached: quantiles."""
+    import planners
+    import robots
+    from robots.rollout import Decider
+
+    planner, task = planners.load(run), robots.make("pointmaze-large")
+    controller = planner.controller(task.spec, seed=seed)
+    observation = task.reset(range(seed, seed + episodes))
+    decider = Decider(controller, task.spec, observation)
+    strayed, going = [], np.ones(episodes, dtype=bool)
+    for step in range(task.spec.horizon):
+        observation, _, _, info = task.step(decider.actions(step))
+        decider.history.push(observation)
+        going &= ~info["success"]
+        a = controller.plan.observations[:, 0, :-1, :2]
+        along = controller.plan.observations[:, 0, 1:, :2] - a
+        gap = observation["state"][:, None, :2] - a
+        share = ((gap * along).sum(-1) / np.maximum((along * along).sum(-1), 1e-12)).clip(0, 1)
+        distance = np.linalg.norm(gap - share[..., None] * along, axis=-1).min(1)
+        strayed += distance[going].tolist()
+    return {f"q{100 * q:g}": float(np.quantile(strayed, q)) for q in (0.5, 0.9, 0.95, 0.99)}
+
+
 def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of a row from those of its shards."""
     every = {key: np.concatenate([part["per_episode"][key] for part in parts]) for key in ("margin", "success", "trapped")}
@@ -144,13 +169,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--run", default=str(RUN))
     parser.add_argument("--plans", type=int, default=20, help="plans timed; 0: none")
+    parser.add_argument("--strays", type=int, default=20, help="episodes in which the tracking error is measured; 0: none")
     parser.add_argument("--out", default=str(ROOT / "docs" / "results" / "safety.json"))
     options = parser.parse_args()
     rows = [row for row in ROWS if any(word in row.name for word in options.rows.split("+"))]
     times = plan_times(options.run, options.plans) if options.plans else {}
+    error = tracking_error(options.run, options.strays, options.seed) if options.strays else {}
     parts: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
     out, size = Path(options.out), min(BATCH, max(1, options.episodes))
-    results: dict[str, Any] = {"seed": options.seed, "plan_ms": times, "rows": {}}
+    results: dict[str, Any] = {"seed": options.seed, "plan_ms": times, "tracking_error": error, "rows": {}}
     out.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         jobs = [
@@ -164,7 +191,7 @@ def main() -> None:
             results["rows"][name] = merged(parts[name])
             print(f"{name}: {results['rows'][name]['episodes']} episodes, {seconds:.0f} s", flush=True)
             out.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(times))
+    print(json.dumps(times | error))
     print(table(results))
 
 
