@@ -36,6 +36,16 @@ FIXED = {"D4RL score": "normalized_return_mean", "latched": "normalized_latched_
 DEMONSTRATOR = "the demonstrator {} on the same goal; Diffuser {}, Hierarchical Diffuser {} (published)"
 
 
+def dream(task: str) -> Result:
+    """The errors of a world model beside those of the one-step network, at some steps (lists count from 0)."""
+    run = f"pilotwave dream checkpoints/{task}-diffusion-world-model baseline=checkpoints/{task}-one-step episodes=50 seed=0"
+    figures = {}
+    for step in (1, 8, 16, 32, 64, 100):
+        figures[f"step {step}:"] = f"state_error.{step - 1}"
+        figures[f"({step})"] = f"baseline.state_error.{step - 1}"
+    return Result(f"{task}, imagined", run, figures, "in brackets: the one-step network")
+
+
 def maze(size: str, *scores: str) -> list[Result]:
     """The rows of one maze: random goals, D4RL's goal, and the diffused actions in place of the PD law."""
     run = f"pilotwave rollout checkpoints/pointmaze-{size}-diffuser episodes=200 seed=0 num_envs=100"
@@ -68,7 +78,10 @@ RESULTS = [
 def value(metrics: dict[str, Any], key: str) -> str:
     """A figure of the JSON by its dotted key, short."""
     for part in key.split("."):
-        metrics = metrics.get(part) if isinstance(metrics, dict) else None  # type: ignore[assignment]
+        if isinstance(metrics, list):
+            metrics = metrics[int(part)]
+        else:
+            metrics = metrics.get(part) if isinstance(metrics, dict) else None  # type: ignore[assignment]
     return "-" if metrics is None else f"{metrics:.4g}"
 
 
