@@ -36,10 +36,10 @@ FIXED = {"D4RL score": "normalized_return_mean", "latched": "normalized_latched_
 DEMONSTRATOR = "the demonstrator {} on the same goal; Diffuser {}, Hierarchical Diffuser {} (published)"
 
 
-def dream(task: str) -> Result:
+def dream(task: str, actions: str = "") -> Result:
     """The errors of a world model beside those of the one-step network, at some steps (lists count from 0)."""
-    run = f"pilotwave dream checkpoints/{task}-diffusion-world-model baseline=checkpoints/{task}-one-step episodes=50 seed=0"
-    figures = {}
+    models = f"checkpoints/{task}-diffusion-world-model baseline=checkpoints/{task}-one-step"
+    run, figures = f"pilotwave dream {models} episodes=50 seed=0{actions}", {}
     for step in (1, 8, 16, 32, 64, 100):
         figures[f"step {step}:"] = f"state_error.{step - 1}"
         figures[f"({step})"] = f"baseline.state_error.{step - 1}"
@@ -72,6 +72,8 @@ RESULTS = [
         {"D4RL score": "normalized_return_mean", "success": "success_rate", "p50 ms": "decision_ms.p50"},
         "published methods on the same data: below 6; the demonstrations cut to 200 steps: 7.7",
     ),
+    dream("pointmaze-large"),
+    dream("pusht", " actions=checkpoints/pusht-diffusion-policy"),
 ]
 
 

@@ -31,7 +31,8 @@ def double_integrator(episodes=60, steps=40, seed=0):
 
 def build(name, store=None, **changes):
     settings = OmegaConf.to_container(compose("train", [f"world_model={name}"]).world_model, resolve=True)
-    settings |= {"network": {"name": "mlp", "width": 64, "depth": 2}} | ({"horizon": 8} if name != "one_step" else {})
+    settings |= {"network": {"name": "mlp", "width": 64, "depth": 2}}
+    settings |= {} if name == "one_step" else {"horizon": 8, "samples": 1}
     model = offline.build("world_model", name, SPEC, settings | changes, seed=0)
     if store is not None:
         model.prepare(store)
