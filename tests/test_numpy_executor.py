@@ -11,7 +11,14 @@ from pilotwave.errors import UserError
 from tests.mixture import elementwise
 
 VP = NoiseSchedule.vp_linear()
-CALM = {"edm": {"churn": 0}, "sa": {"tau": 0}, "restart": {"times": 0}, "ddpm": None, "dpmpp_2m_sde": None}
+CALM = {
+    "edm": {"churn": 0},
+    "sa": {"tau": 0},
+    "restart": {"times": 0},
+    "ddpm": None,
+    "ddpm_accelerated": None,
+    "dpmpp_2m_sde": None,
+}
 
 
 def denoise(x: np.ndarray, t: np.ndarray) -> np.ndarray:
