@@ -106,7 +106,7 @@ class DiffusionPolicy(Algorithm):
             windows = self.recorded(store, "cpu", ())
             stride = max(1, len(windows) // _FITTED)
             if self.forecasts:
-                self._fit_forecast(windows)
+                self._fit_forecast(store)
             batch = windows.gather(torch.arange(0, len(windows), stride))
             differences = self._differences(batch["observation"], batch["action"])
             self.start.copy_(torch.as_tensor(self._clip(store.columns["action"][store.starts]).mean(0)))
@@ -114,16 +114,18 @@ class DiffusionPolicy(Algorithm):
         else:
             self.normalizer = Normalizer.fit(columns, self.config["normalizer"])
 
-    def _fit_forecast(self, windows: Windows) -> None:
-        """`linear` from windows in the data's units, folds of whole episodes."""
+    def _fit_forecast(self, store: TrajectoryStore) -> None:
+        """`linear` from the windows with an action before now and a whole chunk after it, folds of whole episodes."""
+        windows = self.recorded(store, "cpu", (), 0)
+        index = (windows.first + self.now > windows.starts[windows.episode]).nonzero().flatten()
         self.linear.zero_()
-        folds = min(_FOLDS, len(windows.starts))
+        folds = min(_FOLDS, store.episodes)
         ridge = Ridge(folds)
-        for index in torch.arange(0, len(windows), max(1, len(windows) // _REGRESSED)).split(256):
-            batch = windows.gather(index)
+        for part in index[:: max(1, len(index) // _REGRESSED)].split(256):
+            batch = windows.gather(part)
             groups = self._differences(batch["observation"], batch["action"])
             known = torch.cat([groups["observation"], groups["past"]], dim=-1)
-            ridge.add(known, groups["action"], windows.episode[index] % folds)
+            ridge.add(known, groups["action"], windows.episode[part] % folds)
         ridge.fit()
         self.linear.copy_(torch.cat([ridge.w, (ridge.b + ridge.y0 - ridge.x0 @ ridge.w)[None]]))
 

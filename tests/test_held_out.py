@@ -150,18 +150,16 @@ def test_with_a_linear_forecast_an_untrained_denoiser_left_out_is_the_regression
 
 
 def test_what_is_linear_in_the_history_leaves_no_residual():
-    """Straight lines of random place and velocity: exact, once windows padded before an episode's start are left out."""
+    """Straight lines of random place and velocity: the last action and one observation before it give both."""
     g = torch.Generator().manual_seed(0)
     a, v = torch.randn(64, 1, 2, generator=g), torch.randn(64, 1, 2, generator=g)
     rows = (a + v * torch.arange(10.0)[:, None]).reshape(-1, 2).numpy()
     store = TrajectoryStore({"observation": rows, "action": rows}, 10 * np.arange(1, 65), {}, 0.1, "lines", {})
-    policy = build(store, past_actions=2, forecast="linear", horizon=4, execute=4)
-    windows = policy.recorded(store, "cpu", (), 0)
-    whole = windows.first >= windows.starts[windows.episode]
-    windows.first, windows.episode = windows.first[whole], windows.episode[whole]
-    policy._fit_forecast(windows)
-    batch = windows.gather(torch.arange(len(windows)))
-    assert policy._differences(batch["observation"], batch["action"])["action"].abs().max() < 1e-3
+    policy = build(store, past_actions=1, observations=1, forecast="linear", horizon=4, execute=4)
+    batch = policy.recorded(store, "cpu", (), 0).gather(torch.arange(7 * 64))
+    inside = batch["valid"].all(dim=1)
+    residual = policy._differences(batch["observation"], batch["action"])["action"][inside]
+    assert residual.abs().max() < 1e-3
 
 
 def test_a_forecast_needs_past_actions_and_a_known_name():
