@@ -80,6 +80,7 @@ RESULTS = [
         "adroit-door, other doors",
         "pilotwave rollout checkpoints/adroit-door-diffusion-policy episodes=200 seed=50000",
         {"D4RL score": "normalized_return_mean", "success": "success_rate", "p50 ms": "decision_ms.p50"},
+        first_screen=False,
     ),
     Result(
         "Unitree G1, 10 held-out episodes",
@@ -89,6 +90,7 @@ RESULTS = [
         "train.steps=2000 train.weight_decay=0.1 train.held_out=10 seed=0",
         HELD_OUT,
         "mean absolute error over chunks of 32 steps (1.07 s): rad (arms), share of the range (hands)",
+        first_screen=False,
     ),
     dream("pointmaze-large"),
     dream("pusht", " actions=checkpoints/pusht-diffusion-policy"),
