@@ -3,6 +3,7 @@
 from diffusion.denoiser import PREDICTIONS, WEIGHTINGS, Denoiser
 from diffusion.layout import Layout
 from diffusion.numpy_executor import NumpySampler
+from diffusion.optimal_steps import optimal_steps
 from diffusion.schedule import SCHEDULES, NoiseSchedule
 from diffusion.solvers import solver, solvers
 from diffusion.tableau import Row, Tableau, sample
@@ -17,6 +18,7 @@ __all__ = [
     "NumpySampler",
     "Row",
     "Tableau",
+    "optimal_steps",
     "sample",
     "solver",
     "solvers",
