@@ -178,9 +178,9 @@ class SafeController(PlanController):
 
     At each decision a robot also gets a new plan when the rest of its own is no longer safe. Where no candidate is safe
     and likely (valued at `likely` or more), the robot stands still and asks again at the next decision. The way that
-    the data usually take may be closed, so in turns it then looks for a way in two legs: half of the `samples` lead to
-    places drawn uniformly from the data's range, the others on from there, and the best pair of safe, likely legs gives
-    the place to go to first; one that leads on well is kept, and also planned to with all samples. A robot that
+    the data usually take may be closed, so it then looks for a way in two legs. Half of the `samples` lead to places
+    drawn uniformly from the data's range, the others on from there; places that lead on are kept, and in every other
+    turn all samples lead to such places. The best pair of safe, likely legs gives the place to go to first. A robot that
     stands although its plan goes on is in a local trap: the place ahead of it becomes one of `memory` hazards of its
     own that its next plans avoid too (the filter does not see them).
     """
@@ -205,7 +205,8 @@ class SafeController(PlanController):
         self.waits, self.trapped = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
         self.traps = np.tile((1e6, 1e6, 1.0, 1.0, 2.0, 0.0, 0.0), (n, self.memory, 1))
         self.by_way_of = np.full((n, self.goal_dim), np.nan)
-        self.onward, self.onward_value = self.by_way_of.copy(), np.full(n, -np.inf)
+        self.onward, self.onward_value = np.full((n, 8, self.goal_dim), np.nan), np.full((n, 8), -np.inf)
+        self.found = np.zeros(n, dtype=np.int64)
 
     def act(self, history: Mapping[str, np.ndarray], step: int) -> Chunk:
         """history: "state" (n, 1, Do), "goal" (n, 1, Dg), perhaps "hazards" (n, 1, K, 7) -> references of n safe plans."""
@@ -222,14 +223,18 @@ class SafeController(PlanController):
             now = self._from_now(self.plan.observations[:, 0], step)
             renew |= self.waiting | self._stuck(state, now) | ~self._safe(now, hazards)
         known = np.concatenate([hazards, self.traps], 1)
-        # turns: a plan to the goal, one in two legs, and once a place is known that leads on, one to there
-        legs = renew & (self.waits % 2 == 1)
-        onward = renew & ~legs & (self.waits > 1) & ~np.isnan(self.onward[:, 0])
-        aim[onward] = self.onward[onward]
-        self.by_way_of[onward] = self.onward[onward]
-        for which, search in ((renew & ~legs, self._direct), (legs, self._two_legs)):
+        # turns: a plan to the goal; then in two legs by new places, and by those that are known to lead on
+        fresh, odd = self.waits == 0, self.waits % 2 == 1
+        known_on = ~np.isnan(self.onward[:, :, 0]).all(1)
+        by_known = renew & ~fresh & ~odd & known_on
+        by_new = renew & ~fresh & ~by_known
+        for which, search, to in (
+            (renew & fresh, self._direct, aim),
+            (by_new, self._two_legs, goal),
+            (by_known, self._first_leg, goal),
+        ):
             if which.any():
-                plan = search(state, aim if search == self._direct else goal, known, which)
+                plan = search(state, to, known, which)
                 self.waiting[which] = waits = plan.values[:, 0] < self.likely
                 self.waits[which] = np.where(waits, self.waits[which] + 1, 0)
                 # standing: where it is, at rest
@@ -252,12 +257,9 @@ class SafeController(PlanController):
         )  # fmt: skip
 
     def _two_legs(self, state: np.ndarray, goal: np.ndarray, hazards: np.ndarray, which: np.ndarray) -> Plan:
-        """First legs (m, 1, ...) of the robots of a mask, valued by the worse leg; `by_way_of` is where they lead."""
+        """First legs (m, 1, ...) of the robots of a mask by way of new places, valued by the worse leg."""
         rows, half, d = np.flatnonzero(which), max(1, self.samples // 2), self.goal_dim
         places = self.planner.places(len(rows) * half, self.generator).astype(state.dtype)
-        # the place known to lead on is tried again and again
-        known = ~np.isnan(self.onward[rows, 0])
-        places.reshape(len(rows), half, d)[known, 0] = self.onward[rows][known]
         start, end = np.repeat(state[rows], half, 0), np.repeat(goal[rows], half, 0)
         between = np.concatenate([places, np.zeros_like(start[:, d:])], 1)
         plan = self.planner.plan(
@@ -265,15 +267,32 @@ class SafeController(PlanController):
             hazards=np.tile(np.repeat(hazards[rows], half, 0), (2, 1, 1)), sampler=self.sampler, generator=self.generator,
         )  # fmt: skip
         to, on = plan.values[:, 0].reshape(2, len(rows), half)
-        on[:, 0] = np.maximum(on[:, 0], np.where(known, self.onward_value[rows], -np.inf))
-        worse = np.minimum(to, on)
-        best, last = worse.argmax(1), on.argmax(1)
-        better = (on.max(1) > self.onward_value[rows]) & (on.max(1) >= self.likely)
-        self.onward[rows[better]] = places.reshape(len(rows), half, d)[better, last[better]]
-        self.onward_value[rows[better]] = on.max(1)[better]
-        chosen = np.arange(len(rows)) * half + best
-        self.by_way_of[rows] = places[chosen]
-        return Plan(plan.observations[chosen], None, worse.max(1)[:, None])
+        for row, places_, on_ in zip(rows, places.reshape(len(rows), half, d), on):
+            for place, value in zip(places_[on_ >= self.likely], on_[on_ >= self.likely]):
+                slot = self.found[row] % self.onward.shape[1]
+                self.onward[row, slot], self.onward_value[row, slot] = place, value
+                self.found[row] += 1
+        return self._lead(rows, plan.observations[: len(rows) * half], places, np.minimum(to, on))
+
+    def _first_leg(self, state: np.ndarray, goal: np.ndarray, hazards: np.ndarray, which: np.ndarray) -> Plan:
+        """First legs (m, 1, ...) of the robots of a mask to places that lead on, one sample to each of some of them."""
+        rows, n = np.flatnonzero(which), self.samples
+        held = np.minimum(self.found[rows], self.onward.shape[1])[:, None]
+        picks = torch.rand((len(rows), n), generator=self.generator).numpy()
+        chosen = (picks * held).astype(np.int64)
+        places = np.take_along_axis(self.onward[rows], chosen[..., None], 1).reshape(-1, self.goal_dim).astype(state.dtype)
+        plan = self.planner.plan(
+            np.repeat(state[rows], n, 0), places, 1, barriers=self.barriers, hazards=np.repeat(hazards[rows], n, 0),
+            sampler=self.sampler, generator=self.generator,
+        )  # fmt: skip
+        on = np.take_along_axis(self.onward_value[rows], chosen, 1)
+        return self._lead(rows, plan.observations, places, np.minimum(plan.values.reshape(len(rows), n), on))
+
+    def _lead(self, rows: np.ndarray, paths: np.ndarray, places: np.ndarray, value: np.ndarray) -> Plan:
+        """Of paths (m k, 1, ...) to places (m k, d), valued (m, k), the best of each robot, which goes by way of there."""
+        best = np.arange(len(rows)) * value.shape[1] + value.argmax(1)
+        self.by_way_of[rows] = places[best]
+        return Plan(paths[best], None, value.max(1)[:, None])
 
     def _keep(self, plan: Plan, renew: np.ndarray) -> None:
         """States alone are tracked; robots that have no plan yet are in the mask of the first or the second search."""
