@@ -12,6 +12,7 @@ from pilotwave.config import compose
 from pilotwave.errors import UserError
 from planners import Diffuser
 from planners.diffuser import UNSAFE
+from planners.plan import Plan
 from planners.safe import METHODS, Constraint, SafeController, SafeDiffuser
 from robots.barriers import HalfSpace, Superellipse, from_rows, values
 
@@ -151,3 +152,34 @@ def test_what_does_not_fit_is_refused(diffuser):
         diffuser.controller(task.spec, safety="rso")
     with pytest.raises(UserError, match="margin and"):
         diffuser.controller(task.spec, margin=0.1)
+
+
+def test_a_closed_way_is_gone_round_in_two_legs(diffuser):
+    """Plans here are scripted: straight, so that a hazard between start and goal must be passed by way of a third place."""
+    task = robots.make("pointmaze-large-hazards")
+    controller = diffuser.controller(task.spec, safety="correct", samples=8)
+
+    def straight(observation, goal, samples=1, *, barriers=(), hazards=None, sampler=None, generator=None):
+        share = np.linspace(0, 1, controller.planner.H)[:, None]
+        path = observation[:, None, :2] + share * (goal - observation[:, :2])[:, None]
+        path = np.concatenate([path, np.zeros_like(path)], -1)
+        unsafe = (values(from_rows(hazards), path.astype(float)) < 0).any((1, 2))
+        every = np.repeat(path[:, None], samples, 1).astype(np.float32)
+        return Plan(every, None, np.repeat((-1.0 - UNSAFE * unsafe)[:, None], samples, 1))
+
+    controller.planner.plan = straight
+    state, goal = np.array([[4.0, 1.0, 0.0, 0.0]], np.float32), np.array([[4.0, 9.0]], np.float32)
+    closed = hazards((4.0, 5.0, 1.5, 1.5, 2.0))
+    controller.reset(1)
+    smallest = np.inf
+    for step in range(0, 4000, 16):
+        path = controller.act({"state": state[:, None], "goal": goal[:, None], "hazards": closed[:, None]}, step).references
+        for point in path[0, :4]:  # carried out perfectly
+            smallest = min(smallest, values(from_rows(closed), point[None].astype(float)).min())
+        state = path[:, 4].copy()
+        state[:, 2:] = 0
+        if np.linalg.norm(state[0, :2] - goal) < 0.5:
+            break
+    assert np.linalg.norm(state[0, :2] - goal) < 0.5
+    assert controller.found[0] > 0
+    assert smallest >= 0
