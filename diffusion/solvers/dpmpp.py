@@ -44,7 +44,7 @@ def dpmpp_2m(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
 def dpmpp_3m(schedule: NoiseSchedule, levels: Tensor) -> list[Row]:
     """The third-order multistep method (appendix B): the integral of the parabola through three predictions.
 
-    The paper's code halves the second derivative's term, which leaves it of second order; this is the integral itself.
+    `diffusers` halves the second derivative's term, which leaves it of second order; this is the integral itself.
     """
     return adams(schedule, levels, 3)
 
