@@ -78,7 +78,7 @@ def main() -> None:
     schedule, x_T = NoiseSchedule.vp_linear(), torch.randn(1, 32, 6)
     result: dict[str, dict[str, dict[str, float]]] = {}
     heads = f"{'ours':>10} {'median':>8} {'NumPy':>10} {'median':>8} {'diffusers':>10} {'median':>8}"
-    print(f"{'sampler':14} {heads}   us an evaluation: least, median")
+    print(f"{'sampler':16} {heads}   us an evaluation: least, median")
     with torch.inference_mode():
         for name in solvers():
             table = solver(name, schedule, args.steps)
@@ -86,7 +86,7 @@ def main() -> None:
             sampler, start = NumpySampler(table, x_T.shape), x_T.numpy()
             run = functools.partial(sampler, lambda x, t: x, start, np.random.default_rng(0))
             result[name] = {"ours": ours, "numpy": (fast := measure(run, table.evaluations, args.repeats))}
-            line = f"{name:14} {ours['best_us']:10.2f} {ours['median_us']:8.2f} {fast['best_us']:10.2f} {fast['median_us']:8.2f}"
+            line = f"{name:16} {ours['best_us']:10.2f} {ours['median_us']:8.2f} {fast['best_us']:10.2f} {fast['median_us']:8.2f}"
             if name in THEIRS:
                 try:
                     result[name]["diffusers"] = other = measure(*theirs(name, args.steps, x_T), args.repeats)

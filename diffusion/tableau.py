@@ -52,7 +52,8 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Tableau:
-    """The rows of a sampler, in order; its network calls, and how many earlier predictions it looks back on."""
+    """The rows of a sampler; its order of convergence without noise, its network calls, and how many earlier predictions it
+    looks back on."""
 
     name: str
     rows: tuple[Row, ...]
