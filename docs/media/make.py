@@ -20,7 +20,7 @@ HEIGHT, RATE, SECONDS, COLOURS = 240, 10, 12, 128
 SCENES = {  # name: the command's settings
     "maze": ["checkpoints/pointmaze-large-diffuser", "task.goal=chain", "horizon=1200", "seed=7"],
     "pusht": ["checkpoints/pusht-diffusion-policy", "seed=100003"],
-    "door": ["checkpoints/adroit-door-diffusion-policy", "seed=20009"],
+    "door": ["checkpoints/adroit-door-diffusion-policy", "seed=4"],
 }
 
 
