@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for what the user got wrong, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # OpenMP's threads spin while they wait for each other: on a busy machine that made training 15 times slower
+    # OpenMP's threads spin while they wait for each other: on a busy machine that slows training many times over
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         return _run(arguments)

@@ -10,8 +10,8 @@ from torch import Tensor
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, each (B, heads, tokens, d) -> (B, heads, tokens, d).
 
-    torch's fused kernel, but in bfloat16 on a CPU: there its backward pass takes five to ten times as long as the three
-    products written out, at the lengths that plans have.
+    torch's fused kernel, but in bfloat16 on a CPU: there its backward pass takes several times as long as the products
+    written out, at the lengths that plans have.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
