@@ -1,6 +1,7 @@
 """The mathematics of diffusion over trajectories. Knows tensors; knows nothing of robots, files or tasks."""
 
 from diffusion.denoiser import PREDICTIONS, WEIGHTINGS, Denoiser
+from diffusion.inpainting import inpaint
 from diffusion.layout import Layout
 from diffusion.numpy_executor import NumpySampler
 from diffusion.optimal_steps import optimal_steps
@@ -18,6 +19,7 @@ __all__ = [
     "NumpySampler",
     "Row",
     "Tableau",
+    "inpaint",
     "optimal_steps",
     "sample",
     "solver",

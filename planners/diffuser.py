@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample, solver
+from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, inpaint, solver
 from diffusion.networks import FourierFeatures, build_network
 from diffusion.tableau import Constrain
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
@@ -229,20 +229,8 @@ class Diffuser(Algorithm):
         if goal is not None:
             known[torch.arange(b, device=device), arrival, : self.spec.goal_dim] = goal
         clean = self.clean(arrival if goal is not None else None, b, device)
-        mask = self.layout.levels(clean)
-        source = device if generator is None else generator.device
-        noise = torch.randn(known.shape, generator=generator, device=source).to(device)
-        x_T = torch.where(mask, known, noise * self.denoiser.schedule.sigma(torch.ones((), device=device)))
-        noisy = (~clean).to(x_T.dtype)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return self.denoiser(x, t * noisy)
-
-        def pin(x: Tensor, t: Tensor) -> Tensor:
-            x = torch.where(mask, known, x)
-            return x if constrain is None else torch.where(mask, known, constrain(x, t))
-
-        return sample(denoise, table, x_T, generator, guide=self._guide if self.value_config else None, constrain=pin)
+        guide = self._guide if self.value_config else None
+        return inpaint(self.denoiser, table, known, clean, generator, guide=guide, constrain=constrain)
 
     def plan(
         self,

@@ -1,0 +1,42 @@
+"""In-painting is a choice of noise levels: what is known is clean, what is asked for is noisy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.denoiser import Denoiser
+from diffusion.tableau import Constrain, Guide, Tableau, sample
+
+
+def inpaint(
+    denoiser: Denoiser,
+    table: Tableau,
+    known: Tensor,
+    clean: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    condition: Any = None,
+    guide: Guide | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Samples (B, H, F) that hold `known` (B, H, F) where `clean` (B, H, groups) is true; the rest is denoised given it.
+
+    guide, constrain: as in `sample`; what is known stays as it is under both.
+    """
+    mask, noisy = denoiser.layout.levels(clean), (~clean).to(known.dtype)
+    source = known.device if generator is None else generator.device
+    noise = torch.randn(known.shape, generator=generator, device=source).to(known.device)
+    x_T = torch.where(mask, known, noise * denoiser.schedule.sigma(torch.ones((), device=known.device)))
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        # stages of a Runge-Kutta step are not pinned by `constrain`
+        return denoiser(torch.where(mask, known, x), t * noisy, condition)
+
+    def pin(x: Tensor, t: Tensor) -> Tensor:
+        x = torch.where(mask, known, x)
+        return x if constrain is None else torch.where(mask, known, constrain(x, t))
+
+    return sample(denoise, table, x_T, generator, guide=guide, constrain=pin)
