@@ -126,16 +126,54 @@ def test_pure_noise_says_nothing_and_clean_states_say_all(store):
     simulator = model.denoiser.network
     seen = []
     simulator.cell.register_forward_pre_hook(lambda cell, inputs: seen.append(inputs[0][:, 0].detach()))
-    x = torch.randn(60, 8, 5)
-    simulator(x, torch.ones(60, 8, 2), outlook)
+    x_0 = model.pack(outlook, (o[:, 1:9] - outlook.forecast) / outlook.usual, a[:, :8, :1])
+    noise, clean = torch.randn(x_0.shape), model.clean.expand(60, 8, 3)
+    actions = model.layout.levels(clean)
+    simulator(torch.where(actions, x_0, noise), (~clean).float(), outlook)
     assert all((each == 0).all() for each in seen)
     seen.clear()
-    x_0 = (o[:, 1:9] - outlook.forecast) / outlook.usual
-    simulator(torch.cat([x_0, x[..., 4:]], 2), torch.zeros(60, 8, 2), outlook)
+    simulator(x_0, torch.zeros(60, 8, 3), outlook)
     # the fresh cell corrects nothing: every estimate is o_0, and the clean state lies o_k - o_0 from it
     for k, each in enumerate(seen):
-        np.testing.assert_allclose(each[:, :4].numpy(), ((o[:, k + 1] - o[:, 0]) / outlook.usual[:, k]).numpy(), atol=1e-5)
-        np.testing.assert_allclose(each[:, 4:].numpy(), x[:, k, 4:].numpy(), atol=1e-6)
+        np.testing.assert_allclose(each.numpy(), ((o[:, k + 1] - o[:, 0]) / outlook.usual[:, k]).numpy(), atol=1e-5)
+
+
+def test_every_token_has_its_own_level(store):
+    """Clean states up to k, noise after: what the cell sees of each is its own."""
+    model = build("diffusion_world_model", store, forecast="hold")
+    o = torch.from_numpy(store.columns["observation"].reshape(60, 40, 4))
+    a = torch.from_numpy(store.columns["action"].reshape(60, 40, 2))
+    outlook = model.outlook(o[:, :1], torch.ones(60, 1, dtype=torch.bool), a[:, :8])
+    x_0 = model.pack(outlook, (o[:, 1:9] - outlook.forecast) / outlook.usual, a[:, :8, :1])
+    t = torch.zeros(60, 8, 3)
+    t[:, 3:, [0, 2]] = 1.0
+    seen = []
+    model.denoiser.network.cell.register_forward_pre_hook(lambda cell, inputs: seen.append(inputs))
+    model.denoiser(x_0, t, outlook)
+    for k, (state, level, _) in enumerate(seen):
+        assert (state == 0).all() == (k >= 3)
+        assert (level == float(k >= 3)).all()
+
+
+def test_actions_are_clean_tokens_and_rewards_noisy_ones_of_one_denoiser(trained, store):
+    """The actions that count are those of x, whatever the scene was made with; rewards are denoised with the states."""
+    model = trained["diffusion_world_model"]
+    o = torch.from_numpy(store.columns["observation"].reshape(60, 40, 4))
+    a = torch.from_numpy(store.columns["action"].reshape(60, 40, 2))
+    known = torch.ones(60, 1, dtype=torch.bool)
+    outlook, other = model.outlook(o[:, :1], known, a[:, :8]), model.outlook(o[:, :1], known, a[:, 8:16])
+    other.forecast, other.usual = outlook.forecast, outlook.usual
+    x = model.pack(outlook, torch.randn(60, 8, 4), torch.randn(60, 8, 1))
+    clean = model.clean.expand(60, 8, 3)
+    with torch.no_grad():
+        d, same = (model.denoiser(x, (~clean).float(), scene) for scene in (outlook, other))
+        torch.testing.assert_close(d, same)
+        torch.testing.assert_close(d[..., model.layout["action"]], x[..., model.layout["action"]])
+        # a reward that is known is believed
+        t = (~clean).float() * 1e-3
+        x[..., model.layout["reward"]] = model.normalizer.normalize("reward", a[:, :8, :1])
+        r = model.denoiser(x, t, outlook)[..., model.layout["reward"]]
+    assert (r - x[..., model.layout["reward"]]).square().mean().sqrt() < 0.3
 
 
 def test_levels_favour_noise_as_configured(store):

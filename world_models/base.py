@@ -80,19 +80,19 @@ class Step:
     condition: Tensor
 
 
-class RewardReader(nn.Module):
-    """r(o_0, a_0, o_1), normalized, from normalized observations (..., Do) and actions (..., Da) -> (..., 1)."""
+class RewardHead(nn.Module):
+    """r_1 from o_0, a_0 and o_1 (and what else a model says), all normalized, (..., size) each -> (..., 1)."""
 
-    def __init__(self, observation_dim: int, action_dim: int, width: int = 128) -> None:
+    def __init__(self, inputs: int, width: int = 128) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Linear(2 * observation_dim + action_dim, width)]
+        layers: list[nn.Module] = [nn.Linear(inputs, width)]
         for _ in range(2):
             layers += [nn.LayerNorm(width), nn.GELU(approximate="tanh"), nn.Linear(width, width)]
         self.layers = nn.Sequential(*layers, nn.GELU(approximate="tanh"), nn.Linear(width, 1))
 
-    def forward(self, before: Tensor, action: Tensor, after: Tensor) -> Tensor:
-        with torch.autocast(before.device.type, enabled=False):
-            out: Tensor = self.layers(torch.cat([before, action, after], -1))
+    def forward(self, *parts: Tensor) -> Tensor:
+        with torch.autocast(parts[0].device.type, enabled=False):
+            out: Tensor = self.layers(torch.cat(parts, -1))
         return out
 
 
@@ -102,7 +102,7 @@ class WorldModel(Algorithm):
     Config of all of them: history h, horizon T (steps predicted at once), reward (learn the reward column), forecast, forget
     (share of training windows whose past is hidden, so that the model also starts from a single observation), bodies (see
     `world_models.frame`). States are the observations in the coordinates of the frame, Dz numbers.
-    With bodies, the place in the world is not seen, and rewards are read from the imagined observations by a small network.
+    Rewards, which may depend on the place in the world, are a small network's, of the imagined observations.
     The next state is predicted relative to a `forecast`, divided by its usual error, so that what is simple comes exact: with
     "hold" a robot that stays where it is, with "linear" a linear function of past and actions, fitted once to the data.
     """
@@ -123,9 +123,7 @@ class WorldModel(Algorithm):
         do, da = spec.observation_dim, spec.action_dim
         self.frame = build_frame(do, da, config["bodies"])
         dz = self.frame.features
-        # rewards are predicted with the states where these are observations, else read from what was imagined
-        self.joint = self.reward and not config["bodies"]
-        self.reader = RewardReader(do, da) if self.reward and not self.joint else None
+        self.reward_inputs = 2 * do + da
         groups = {"observation": do, "state": dz, "action": da, "world_action": da} | ({"reward": 1} if self.reward else {})
         self.normalizer = Normalizer.from_shapes(groups, "gaussian")
         if config["forecast"] not in FORECASTS:
@@ -145,7 +143,7 @@ class WorldModel(Algorithm):
     ) -> tuple[Tensor, Tensor | None]:
         """past (B, h, Do), whose tokens are meaningful where `known` (B, h); actions (B, h - 1 + T, Da), past ones first.
 
-        All in the task's units -> o_1..o_T (B, T, Do), r_1..r_T (B, T), None unless they are predicted with the states.
+        All in the task's units -> o_1..o_T (B, T, Do), r_1..r_T (B, T), None from a model without rewards.
         """
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -250,21 +248,11 @@ class WorldModel(Algorithm):
 
     # -- rewards -------------------------------------------------------------------------------------------------------
 
-    def read(self, observation: Tensor, action: Tensor) -> Tensor:
-        """o_0..o_T (B, T + 1, Do) and a_0..a_{T-1} (B, T, Da) in the task's units -> r_1..r_T (B, T)."""
-        assert self.reader is not None
+    def transitions(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """o_0..o_T (B, T + 1, Do) and a_0..a_{T-1} (B, T, Da) in the task's units -> what rewards are read from, normalized:
+        o_0..o_{T-1}, a_0..a_{T-1} and o_1..o_T."""
         o, a = self.normalizer.normalize("observation", observation), self.normalizer.normalize("world_action", action)
-        return self.normalizer.denormalize("reward", self.reader(o[:, :-1], a, o[:, 1:]))[..., 0]
-
-    def reading_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The squared error of rewards that are read, 0 where they are not."""
-        if self.reader is None:
-            return torch.zeros((), device=self.deviation.device)
-        now = self.h - 1
-        o = self.normalizer.normalize("observation", batch["observation"][:, now:])
-        a = self.normalizer.normalize("world_action", batch["action"][:, now:-1])
-        reward = self.normalizer.normalize("reward", batch["reward"][:, now:-1, None])
-        return ((self.reader(o[:, :-1], a, o[:, 1:]) - reward) ** 2).mean()
+        return o[:, :-1], a, o[:, 1:]
 
     # -- imagination ---------------------------------------------------------------------------------------------------
 
@@ -307,8 +295,6 @@ class WorldModel(Algorithm):
             every = torch.cat([before, chunk], 1)
             future, reward = self.predict(past, known, every, generator)
             observations.append(future)
-            if self.reader is not None:
-                reward = self.read(torch.cat([past[:, -1:], future], 1), chunk)
             rewards.append(reward)
             past = torch.cat([past, future], 1)[:, -self.h :]
             known = torch.cat([known, torch.ones(future.shape[:2], dtype=torch.bool, device=device)], 1)[:, -self.h :]

@@ -2,11 +2,13 @@
 
     (o_1..o_T, r_1..r_T) = D(x_t, t; o_{1-h}..o_0, a_{1-h}..a_{T-1})                              (the paper's eq. 6)
 
-States are denoised beside a forecast, in its usual errors (see `world_models.base`). The denoiser knows that time has a
-direction: one cell, the same for every step, goes from the estimate of state k - 1 to that of state k, as a simulator does,
-and sees of the noisy state k its linear estimate. So an estimate rests on the whole way there, and the loss, which is that of
-all T states, teaches the cell to be right where its own estimates lead: at t = 1 this is a one-step network that was trained
-through T steps (causal and recurrent as Diffusion Forcing's denoiser, Chen et al. 2024, section 3.3).
+Token k of x holds o_k, r_k and the action a_{k-1} that led there. Actions are clean tokens, level 0, of the same denoiser; states
+are denoised beside a forecast, in its usual errors (see `world_models.base`). The denoiser knows that time has a direction:
+one cell, the same for every step, goes from the estimate of state k - 1 to that of state k, as a simulator does, and sees of
+the noisy state k its linear estimate. So an estimate rests on the whole way there, and the loss, which is that of all T
+states, teaches the cell to be right where its own estimates lead: at t = 1 this is a one-step network that was trained through
+T steps (causal and recurrent as Diffusion Forcing's denoiser, Chen et al. 2024, section 3.3). r_k is estimated from the noisy
+r_k and the estimates of o_{k-1} and o_k, which it does not bend: its loss stops there.
 
 The paper conditions on the first action and a return, and leaves later actions to the data's behaviour; here all actions
 are given, so that the model answers for any of them. Past its horizon it goes on from its own last predictions.
@@ -21,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver
+from diffusion import Denoiser, Layout, NoiseSchedule, inpaint, solver
 from diffusion.networks import build_network
 from offline import DataSpec, register
-from world_models.base import Scene, WorldModel, spread
+from world_models.base import RewardHead, Scene, WorldModel, spread
 
 if TYPE_CHECKING:
     from offline.store import TrajectoryStore
@@ -39,10 +41,12 @@ class Outlook:
     forecast: Tensor
     usual: Tensor
 
-    def simulate(self, correct: Any = None) -> Tensor:
-        """States (B, T, Dz), step by step: each is the forecast of one step, with the cell's correction (k, step) -> (B, Dz)."""
+    def simulate(self, action: Tensor, correct: Any = None) -> Tensor:
+        """States (B, T, Dz) under a_0..a_{T-1} (B, T, Da), in the coordinates of the scene, step by step: each is the forecast of
+        one step, with the cell's correction (k, step) -> (B, Dz)."""
         frame, h = self.world.frame, self.world.h
-        states, known, action = [*self.scene.past.unbind(1)], self.scene.known, self.scene.action
+        states, known = [*self.scene.past.unbind(1)], self.scene.known
+        action = torch.cat([self.scene.action[:, : h - 1], action], 1)
         for k in range(self.world.T):
             step = self.world.step(torch.stack(states[-h:], 1), known, action[:, k : k + h])
             ahead = step.forecast if correct is None else step.forecast + step.scale * correct(k, step)
@@ -50,35 +54,43 @@ class Outlook:
             known = torch.cat([known[:, 1:], torch.ones_like(known[:, :1])], 1)
         return torch.stack(states[h:], 1)
 
+    def transitions(self, states: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the rewards of such states and actions are read from."""
+        frame, origin = self.world.frame, self.scene.origin
+        observations = frame.leave(torch.cat([self.scene.past[:, -1:], states], 1), origin)
+        return self.world.transitions(observations, frame.leave_actions(action, origin))
+
 
 class Simulator(nn.Module):
     """One cell carried along the horizon: noisy x (B, T, F) and levels (B, T, groups) -> x_0 (B, T, F).
 
-    The cell sees a step's condition, the level, and the linear estimate of x_0 (EDM's c_skip, Karras et al. 2022, table 1): for
-    states, how far that lies from the one-step forecast, trusted as much as the level allows. Pure noise is 0.
+    Actions are taken as they are: their level is 0. The cell sees a step's condition, the state's level, and the linear estimate
+    of x_0 (EDM's c_skip, Karras et al. 2022, table 1): for states, how far that lies from the one-step forecast, trusted as
+    much as the level allows. Pure noise is 0. `reward`, where there are rewards, sees the transition, and of r_k the same.
     """
 
-    def __init__(self, cell: nn.Module, schedule: NoiseSchedule) -> None:
+    def __init__(self, layout: Layout, cell: nn.Module, reward: nn.Module | None, schedule: NoiseSchedule) -> None:
         super().__init__()
-        self.cell, self.schedule = cell, schedule
+        self.layout, self.cell, self.reward, self.schedule = layout, cell, reward, schedule
 
     def forward(self, x: Tensor, t: Tensor, outlook: Outlook) -> Tensor:
-        t = t[:, :1, :1]
         a, s = self.schedule.alpha(t), self.schedule.sigma(t)
         trust = a**2 / (a**2 + s**2)
-        estimate = x * a * torch.rsqrt(a**2 + s**2)  # x comes with unit variance
-        dz, rest = outlook.forecast.shape[-1], []
+        estimate = x * self.layout.levels(a * torch.rsqrt(a**2 + s**2))  # x comes with unit variance
+        seen = self.layout.unpack(estimate)
+        action = outlook.world.normalizer.denormalize("action", seen["action"])
 
         def correct(k: int, step: Any) -> Tensor:
             plain = outlook.world.frame.uncentre(step.forecast, step.at)
-            beside = trust[:, 0] * (outlook.forecast[:, k] - plain) / outlook.usual[:, k]
-            seen = torch.cat([estimate[:, k, :dz] + beside, estimate[:, k, dz:]], 1)
-            out = self.cell(seen[:, None], t, step.condition)[:, 0].to(x.dtype)
-            rest.append(out[:, dz:])
-            return out[:, :dz]
+            beside = trust[:, k, :1] * (outlook.forecast[:, k] - plain) / outlook.usual[:, k]
+            out: Tensor = self.cell((seen["state"][:, k] + beside)[:, None], t[:, k : k + 1, :1], step.condition)[:, 0]
+            return out.to(x.dtype)
 
-        states = outlook.simulate(correct)
-        return torch.cat([(states - outlook.forecast) / outlook.usual, torch.stack(rest, 1)], 2)
+        states = outlook.simulate(action, correct)
+        parts = {"state": (states - outlook.forecast) / outlook.usual, "action": seen["action"]}
+        if self.reward is not None:
+            parts["reward"] = self.reward(*outlook.transitions(states.detach(), action), seen["reward"], t[..., -1:])
+        return self.layout.pack(parts)
 
 
 @register
@@ -88,16 +100,18 @@ class DiffusionWorldModel(WorldModel):
 
     name = "diffusion_world_model"
     usual: Tensor
+    clean: Tensor
 
     def __init__(self, spec: DataSpec, config: Mapping[str, Any]) -> None:
         super().__init__(spec, config)
         dz = self.frame.features
-        self.layout = Layout(state=dz, reward=1) if self.joint else Layout(state=dz)
-        cell = build_network(
-            features=self.layout.features, horizon=1, groups=1, condition_dim=self.condition_dim, **config["network"]
-        )
+        self.layout = Layout(state=dz, action=spec.action_dim, **({"reward": 1} if self.reward else {}))
+        cell = build_network(features=dz, horizon=1, groups=1, condition_dim=self.condition_dim, **config["network"])
+        reward = RewardHead(self.reward_inputs + 2) if self.reward else None
         schedule = NoiseSchedule.from_config(**config["schedule"])
-        self.denoiser = Denoiser(Simulator(cell, schedule), schedule, self.layout, "data")
+        self.denoiser = Denoiser(Simulator(self.layout, cell, reward, schedule), schedule, self.layout, "data")
+        # idea 2: the question that a world model answers is that its actions are clean
+        self.register_buffer("clean", torch.tensor([group == "action" for group in self.layout.groups]), persistent=False)
         self.samples, self.noise = int(config["samples"]), float(config["noise"])
         # the usual error of the forecast, carried on for T steps, without and with a known past
         self.register_buffer("usual", torch.ones(2, self.T, dz))
@@ -126,8 +140,15 @@ class DiffusionWorldModel(WorldModel):
         """past (B, h, Do) of which `known` (B, h) are meaningful, actions (B, h - 1 + T, Da), in the task's units."""
         usual = torch.where(known.all(1)[:, None, None], self.usual[1], self.usual[0])
         outlook = Outlook(self, self.scene(past, known, actions), usual, usual)
-        outlook.forecast = outlook.simulate()
+        outlook.forecast = outlook.simulate(outlook.scene.action[:, self.h - 1 :])
         return outlook
+
+    def pack(self, outlook: Outlook, state: Tensor, reward: Tensor | None) -> Tensor:
+        """x (B, T, F) of states (B, T, Dz) beside the forecast, rewards (B, T, 1) in the task's units, and the actions."""
+        parts = {"state": state, "action": self.normalizer.normalize("action", outlook.scene.action[:, self.h - 1 :])}
+        if reward is not None:
+            parts["reward"] = self.normalizer.normalize("reward", reward)
+        return self.layout.pack(parts)
 
     def levels(self, batch: int, generator: torch.Generator) -> Tensor:
         """Training levels (B,) of density proportional to t^(noise - 1): uniform, or more of them where little is known."""
@@ -139,12 +160,10 @@ class DiffusionWorldModel(WorldModel):
         known = self.known_past(batch["valid"], generator)
         past, future = batch["observation"].split([self.h, self.T], 1)
         outlook = self.outlook(past, known, batch["action"][:, :-1])
-        x_0 = (self.frame.enter(future, outlook.scene.origin) - outlook.forecast) / outlook.usual
-        if self.joint:
-            reward = self.normalizer.normalize("reward", batch["reward"][:, self.h - 1 : -1, None])
-            x_0 = torch.cat([x_0, reward], 2)
-        loss = self.denoiser.loss(x_0, generator, condition=outlook, levels=self.levels(len(x_0), generator))
-        loss = loss + self.reading_loss(batch)
+        state = (self.frame.enter(future, outlook.scene.origin) - outlook.forecast) / outlook.usual
+        x_0 = self.pack(outlook, state, batch["reward"][:, self.h - 1 : -1, None] if self.reward else None)
+        levels, clean = self.levels(len(x_0), generator), self.clean.expand(len(x_0), self.T, -1)
+        loss = self.denoiser.loss(x_0, generator, condition=outlook, levels=levels, clean=clean)
         return loss, {"loss": loss.detach()}
 
     def predict(
@@ -152,14 +171,13 @@ class DiffusionWorldModel(WorldModel):
     ) -> tuple[Tensor, Tensor | None]:
         n = self.samples
         outlook = self.outlook(*(each.repeat_interleave(n, 0) for each in (past, known, actions)))
-        shape = (len(outlook.usual), self.T, self.layout.features)
-        noise = torch.randn(shape, generator=generator, device=past.device)
-        x_T = noise * self.denoiser.schedule.sigma(torch.ones((), device=past.device))
-        out = sample(lambda x, t: self.denoiser(x, t, outlook), self.table, x_T, generator)
-        state = outlook.forecast + out[..., self.layout["state"]] * outlook.usual
-        state = state.unflatten(0, (-1, n)).mean(1)
+        nothing = torch.zeros_like(outlook.forecast)
+        given = self.pack(outlook, nothing, nothing[..., :1] if self.reward else None)
+        clean = self.clean.expand(*given.shape[:2], -1)
+        out = self.layout.unpack(inpaint(self.denoiser, self.table, given, clean, generator, condition=outlook))
+        state = (outlook.forecast + out["state"] * outlook.usual).unflatten(0, (-1, n)).mean(1)
         observations = self.frame.leave(state, self.scene(past, known, actions).origin)
-        if not self.joint:
+        if not self.reward:
             return observations, None
-        reward = out[..., self.layout["reward"]].unflatten(0, (-1, n)).mean(1)
+        reward = out["reward"].unflatten(0, (-1, n)).mean(1)
         return observations, self.normalizer.denormalize("reward", reward)[..., 0]

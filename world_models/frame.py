@@ -41,6 +41,10 @@ class Frame(nn.Module):
         """Actions (B, n, Da), in the task's units."""
         return action
 
+    def leave_actions(self, action: Tensor, origin: Any) -> Tensor:
+        """The inverse of `enter_actions`."""
+        return action
+
     def leave(self, state: Tensor, origin: Any) -> Tensor:
         """The inverse of `enter`."""
         return state
@@ -116,6 +120,9 @@ class BodyFrame(Frame):
     def enter_actions(self, action: Tensor, origin: Pose) -> Tensor:
         return _relative(action, origin)
 
+    def leave_actions(self, action: Tensor, origin: Pose) -> Tensor:
+        return _world(action, origin)
+
     def leave(self, state: Tensor, origin: Pose) -> Tensor:
         state = self._moved_out(state, origin)
         n = len(self.free)
@@ -150,9 +157,8 @@ class BodyFrame(Frame):
         return torch.cat(parts, -1)
 
     def _moved_out(self, state: Tensor, origin: Pose) -> Tensor:
-        n, (centre, angle) = len(self.free), origin
-        points = torch.cat([state[..., :n], *(state[..., j : j + 2] for j in self._places)], -1).unflatten(-1, (-1, 2))
-        points = (_turn(points, angle[:, None]) + centre[:, None, None]).flatten(-2)
+        n, (_, angle) = len(self.free), origin
+        points = _world(torch.cat([state[..., :n], *(state[..., j : j + 2] for j in self._places)], -1), origin)
         parts = [points[..., :n]]
         for i, j in enumerate(self._places):
             turned = state[..., j + 2] + self.radius[i] * angle[:, None]
@@ -169,6 +175,12 @@ def _relative(points: Tensor, origin: Pose) -> Tensor:
     """Points (B, n, 2 m) seen from poses (B, 2), (B)."""
     centre, angle = origin
     return _turn(points.unflatten(-1, (-1, 2)) - centre[:, None, None], -angle[:, None]).flatten(-2)
+
+
+def _world(points: Tensor, origin: Pose) -> Tensor:
+    """The inverse of `_relative`."""
+    centre, angle = origin
+    return (_turn(points.unflatten(-1, (-1, 2)), angle[:, None]) + centre[:, None, None]).flatten(-2)
 
 
 def _turn(points: Tensor, angle: Tensor) -> Tensor:

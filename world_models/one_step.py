@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion.networks import build_network
 from offline import DataSpec, register
 from pilotwave.errors import UserError
-from world_models.base import Step, WorldModel
+from world_models.base import RewardHead, Step, WorldModel
 
 
 @register
@@ -29,14 +29,14 @@ class OneStep(WorldModel):
         super().__init__(spec, config)
         if self.T != 1:
             raise UserError(f"world_model.horizon={self.T}; a one-step model has a horizon of 1")
-        self.outputs = self.frame.features + int(self.joint)
         self.network = build_network(
-            features=self.outputs, horizon=1, groups=1, condition_dim=self.condition_dim, **config["network"]
+            features=self.frame.features, horizon=1, groups=1, condition_dim=self.condition_dim, **config["network"]
         )
+        self.reader = RewardHead(self.reward_inputs) if self.reward else None
 
     def output(self, step: Step) -> Tensor:
-        """What the network says, (B, Dz [+ 1]): the next state beside the forecast, and its reward, normalized."""
-        nothing = step.at.new_zeros(len(step.at), 1, self.outputs)
+        """What the network says, (B, Dz): the next state beside the forecast, in its usual errors."""
+        nothing = step.at.new_zeros(len(step.at), 1, self.frame.features)
         return self.network(nothing, nothing[..., :1], step.condition)[:, 0].to(step.at.dtype)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,9 +48,12 @@ class OneStep(WorldModel):
         scene = self.scene(past, known, batch["action"][:, :-1])
         step = self.step(scene.past, known, scene.action)
         target = (self.frame.enter(future, scene.origin)[:, 0] - step.forecast) / step.scale
-        if self.joint:
-            target = torch.cat([target, self.normalizer.normalize("reward", batch["reward"][:, -2:-1])], 1)
-        loss = ((self.output(step) - target) ** 2).mean() + self.reading_loss(batch)
+        loss = ((self.output(step) - target) ** 2).mean()
+        if self.reader is not None:
+            now = self.h - 1
+            parts = self.transitions(batch["observation"][:, now:], batch["action"][:, now:-1])
+            reward = self.normalizer.normalize("reward", batch["reward"][:, now:-1, None])
+            loss = loss + ((self.reader(*parts) - reward) ** 2).mean()
         return loss, {"loss": loss.detach()}
 
     def predict(
@@ -58,9 +61,9 @@ class OneStep(WorldModel):
     ) -> tuple[Tensor, Tensor | None]:
         scene = self.scene(past, known, actions)
         step = self.step(scene.past, known, scene.action)
-        out = self.output(step)
-        state = step.forecast + out[:, : self.frame.features] * step.scale
+        state = step.forecast + self.output(step) * step.scale
         observations = self.frame.leave(state[:, None], scene.origin)
-        if not self.joint:
+        if self.reader is None:
             return observations, None
-        return observations, self.normalizer.denormalize("reward", out[:, self.frame.features :])
+        parts = self.transitions(torch.cat([past[:, -1:], observations], 1), actions[:, self.h - 1 :])
+        return observations, self.normalizer.denormalize("reward", self.reader(*parts))[..., 0]
