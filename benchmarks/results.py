@@ -36,15 +36,16 @@ FIXED = {"D4RL score": "normalized_return_mean", "latched": "normalized_latched_
 DEMONSTRATOR = "the demonstrator {} on the same goal; Diffuser {}, Hierarchical Diffuser {} (published)"
 
 
-def dream(task: str, actions: str = "") -> Result:
+def dream(task: str, what: str = "imagined", options: str = "episodes=50 seed=0", first_screen: bool = True) -> Result:
     """The errors of a world model beside those of the one-step network, at some steps (lists count from 0)."""
     models = f"checkpoints/{task}-diffusion-world-model baseline=checkpoints/{task}-one-step"
-    run = f"pilotwave dream {models} episodes=50 seed=0{actions}"
+    run = f"pilotwave dream {models} {options}"
     figures: dict[str, str | tuple[str, ...]] = {}
     for step in (1, 8, 16, 32, 64, 100):
         figures[f"step {step}:"] = f"state_error.{step - 1}", f"baseline.state_error.{step - 1}"
     figures["reward, step 8:"] = "reward_error.7", "baseline.reward_error.7"
-    return Result(f"{task}, imagined", run, figures, "error in deviations of the data / that of the one-step network")
+    beside = "error in deviations of the data / that of the one-step network"
+    return Result(f"{task}, {what}", run, figures, beside, first_screen)
 
 
 def maze(size: str, *scores: str) -> list[Result]:
@@ -57,6 +58,7 @@ def maze(size: str, *scores: str) -> list[Result]:
     ]
 
 
+POLICY = "actions=checkpoints/pusht-diffusion-policy"
 PARTS = ("left arm", "right arm", "left hand", "right hand")
 METHODS = ("policy", "linear_regression", "hold_last_action")
 HELD_OUT = {part: tuple(f"held_out.groups.{part}.{method}.mae" for method in METHODS) for part in PARTS}
@@ -95,7 +97,9 @@ RESULTS = [
         first_screen=False,
     ),
     dream("pointmaze-large"),
-    dream("pusht", " actions=checkpoints/pusht-diffusion-policy"),
+    dream("pusht", "held-out episodes imagined"),
+    dream("pusht", "fresh episodes imagined", f"episodes=50 seed=0 {POLICY}", False),
+    dream("pusht", "300 fresh episodes imagined", f"episodes=300 seed=0 {POLICY}", False),
 ]
 
 
