@@ -1,6 +1,7 @@
 """The mathematics of diffusion over trajectories. Knows tensors; knows nothing of robots, files or tasks."""
 
 from diffusion.denoiser import PREDICTIONS, WEIGHTINGS, Denoiser
+from diffusion.guidance import Classifier, ClassifierFree
 from diffusion.inpainting import inpaint
 from diffusion.layout import Layout
 from diffusion.numpy_executor import NumpySampler
@@ -13,6 +14,8 @@ __all__ = [
     "PREDICTIONS",
     "SCHEDULES",
     "WEIGHTINGS",
+    "Classifier",
+    "ClassifierFree",
     "Denoiser",
     "Layout",
     "NoiseSchedule",

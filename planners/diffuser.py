@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, inpaint, solver
+from diffusion import Classifier, Denoiser, Layout, NoiseSchedule, Tableau, inpaint, solver
 from diffusion.networks import FourierFeatures, build_network
 from diffusion.tableau import Constrain
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
@@ -202,13 +202,6 @@ class Diffuser(Algorithm):
         options = dict(sampler or self.config["sampler"])
         return solver(options.pop("name"), self.denoiser.schedule, options.pop("steps"), **options)
 
-    def _guide(self, d: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self._value(y, t).sum(), y)
-        alpha, sigma = self.denoiser.schedule.alpha(t), self.denoiser.schedule.sigma(t)
-        return d + float(self.value_config["scale"]) * sigma**2 / alpha * gradient
-
     @torch.no_grad()
     def sample_plans(
         self,
@@ -229,7 +222,9 @@ class Diffuser(Algorithm):
         if goal is not None:
             known[torch.arange(b, device=device), arrival, : self.spec.goal_dim] = goal
         clean = self.clean(arrival if goal is not None else None, b, device)
-        guide = self._guide if self.value_config else None
+        guide = None
+        if self.value_config:
+            guide = Classifier(self._value, self.denoiser.schedule, float(self.value_config["scale"]))
         return inpaint(self.denoiser, table, known, clean, generator, guide=guide, constrain=constrain)
 
     def plan(

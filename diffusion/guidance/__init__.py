@@ -1,0 +1,6 @@
+"""Guidance: samples that follow p(x) exp(r(x)) rather than p(x), through the hooks of `diffusion.sample`. One file a family."""
+
+from diffusion.guidance.classifier import Classifier
+from diffusion.guidance.classifier_free import ClassifierFree
+
+__all__ = ["Classifier", "ClassifierFree"]
