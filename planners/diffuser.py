@@ -28,7 +28,7 @@ from diffusion.networks import FourierFeatures, build_network
 from diffusion.tableau import Constrain
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
 from pilotwave.errors import UserError, nearest
-from planners.controller import PlanController
+from planners.controller import PlanController, overlaid
 from planners.plan import Correction, Plan
 from robots.barriers import build
 
@@ -356,9 +356,9 @@ class Diffuser(Algorithm):
         `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers` (settings of
         `robots.barriers.build`) and from the hazards that a task observes; None plans past them.
         """
-        control = dict(self.config["control"])
-        given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation}
-        control.update({key: value for key, value in given.items() if value is not None})
+        control = overlaid(
+            self.config["control"], replan_every=replan_every, samples=samples, track=track, deviation=deviation
+        )
         settings = sampler or self.config["sampler"]
         if safety is not None:
             from planners.safe import SafeController, SafeDiffuser
