@@ -7,6 +7,8 @@ A row of a `Tableau`, with x the state, d_1, d_2, ... the earlier predictions (n
     d = K_y y + K_d d                        what is kept of it: by default itself, or the noise (y - alpha d) / sigma
     x = U_x x + sum_j U_j d_j + U_d d + U_z z
 
+A row that evaluates nothing may keep y itself (a momentum, a prediction changed afterwards), which then is the newest d_j.
+
 A coefficient is a Python float, or a tensor over the tokens (horizon, features) when levels differ by token.
 """
 
@@ -30,7 +32,7 @@ Select = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Row:
     """One row; `t` is the level evaluated at, `t_next` that of the state it leaves.
 
-    `P is None`: y = x. `K is None`: the prediction is kept as it is.
+    `P is None`: y = x, and nothing is kept where nothing is evaluated. `K is None`: the prediction is kept as it is.
     """
 
     t: Tensor
@@ -137,8 +139,8 @@ def sample(
     table = table.to(x_T.device, x_T.dtype)
     x, history = x_T, []  # type: Tensor, list[Tensor]
     for row in table.rows:
+        y = x if row.P is None else _combine(x, row.P[0], history, row.P[1], row.P[2], generator)
         if row.evaluate:
-            y = x if row.P is None else _combine(x, row.P[0], history, row.P[1], row.P[2], generator)
             d = denoise(y, row.t)
             if guide is not None:
                 d = guide(d, y, row.t)
@@ -146,6 +148,8 @@ def sample(
                 keep = select(x, d, row.t)
                 x, y, d, history = x[keep], y[keep], d[keep], [h[keep] for h in history]
             history = [d if row.K is None else _add(d * row.K[1], y, row.K[0]), *history]
+        elif row.P is not None:
+            history = [y, *history]
         if row.updates:
             x = _combine(x, row.U_x, history, (row.U_d, *row.U) if row.evaluate else row.U, row.U_z, generator)
             if constrain is not None:

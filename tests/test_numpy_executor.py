@@ -15,6 +15,7 @@ CALM = {
     "edm": {"churn": 0},
     "sa": {"tau": 0},
     "restart": {"times": 0},
+    "splitting": {"noise": 0},
     "ddpm": None,
     "ddpm_accelerated": None,
     "dpmpp_2m_sde": None,

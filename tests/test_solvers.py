@@ -31,6 +31,7 @@ CALLS = {
     "dpm_2": 2,
     "dpmpp_2s": 2,
     "dpm_3": 3,
+    "splitting": 2,
 }  # evaluations a step
 CALM = {"edm": {"churn": 0}, "sa": {"tau": 0}, "restart": {"times": 0}}  # options that take the noise away
 
@@ -232,6 +233,10 @@ def test_dpmpp_2m_on_the_flow_is_that_of_diffusers(diffusers):
     assert_same(states(solver("dpmpp_2m", schedule, scheduler.sigmas), denoise, x), record)
 
 
+# whose order is that of their deterministic options; splitting's is measured in tests/test_splitting.py
+NOISY = ("ddpm", "ddpm_accelerated", "dpmpp_2m_sde", "splitting")
+
+
 # -- order of convergence ----------------------------------------------------------------------------------------------
 
 RANGES = {
@@ -273,7 +278,7 @@ def graded(high: float, low: float, steps: int, order: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in solvers() if name not in ("ddpm", "ddpm_accelerated", "dpmpp_2m_sde")])
+@pytest.mark.parametrize("name", [name for name in solvers() if name not in NOISY])
 @pytest.mark.parametrize("where", RANGES)
 def test_order_of_convergence(name, where):
     """Halving the steps divides the error by 2^order, on a mixture with the exact denoiser."""
