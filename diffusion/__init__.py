@@ -1,5 +1,6 @@
 """The mathematics of diffusion over trajectories. Knows tensors; knows nothing of robots, files or tasks."""
 
+from diffusion import level_matrices
 from diffusion.denoiser import PREDICTIONS, WEIGHTINGS, Denoiser
 from diffusion.guidance import Classifier, ClassifierFree
 from diffusion.inpainting import inpaint
@@ -7,7 +8,7 @@ from diffusion.layout import Layout
 from diffusion.numpy_executor import NumpySampler
 from diffusion.optimal_steps import optimal_steps
 from diffusion.schedule import SCHEDULES, NoiseSchedule
-from diffusion.solvers import solver, solvers
+from diffusion.solvers import solver, solvers, spaced
 from diffusion.tableau import Row, Tableau, sample
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "Row",
     "Tableau",
     "inpaint",
+    "level_matrices",
     "optimal_steps",
     "sample",
     "solver",
     "solvers",
+    "spaced",
 ]

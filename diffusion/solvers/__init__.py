@@ -65,8 +65,8 @@ def solver(
     """The table of a solver.
 
     steps: how many, from 1 to 0 with the spacing called `spacing` (SPACINGS: uniform in t, quadratic, log_snr, karras, ays_sd,
-    ays_sdxl, ays_svd), or a decreasing sequence of t that ends at 0 or a small t (a tensor (steps + 1, 1, horizon, groups)
-    gives every token levels of its own). tokens (horizon, groups) in [0, 1] multiplies
+    ays_sdxl, ays_svd), or a decreasing sequence of t that ends at 0 or a small t. A tensor (steps + 1, 1, horizon, groups)
+    gives every token levels of its own (`diffusion.level_matrices` builds some). tokens (horizon, groups) in [0, 1] multiplies
     the levels: 0 for what is known and stays as it is. A layout spreads groups over features. Options go to the solver.
     Errors: `UserError` for unknown names, levels that do not decrease, and a solver that the schedule does not define.
     """
@@ -97,5 +97,13 @@ def _levels(steps: int | Sequence[float] | Tensor, schedule: NoiseSchedule, spac
         levels = torch.empty(0)
     inside = bool(((levels >= 0) & (levels <= 1)).all())
     if levels.ndim == 0 or len(levels) < 2 or not inside or bool((levels[1:] > levels[:-1]).any()):
-        raise UserError(f"sampler steps must be a whole number, or at least two levels in [0, 1], falling; got {steps}")
+        got = f"a matrix {tuple(levels.shape)}" if levels.ndim > 1 else steps
+        raise UserError(f"sampler steps must be a whole number, or at least two levels in [0, 1], falling; got {got}")
+    if levels.ndim not in (1, 4):
+        raise UserError(f"a matrix of levels must be (steps + 1, 1, horizon, 1 or groups); got {tuple(levels.shape)}")
     return levels
+
+
+def spaced(schedule: NoiseSchedule, steps: int, spacing: str = "uniform") -> Tensor:
+    """The levels (steps + 1,) that `solver` takes for this number of steps. Errors: `UserError` for an unknown spacing."""
+    return _levels(steps, schedule, spacing)
