@@ -9,41 +9,16 @@ from torch import Tensor
 from diffusion import NoiseSchedule, sample, solver
 from diffusion.guidance import Classifier, ClassifierFree
 from tests.mixture import PLANE, Mixture
+from tests.tilted import FIRST, TILTED, begin, deviations, exact_energy, reward
 
 VP, FLOW, EDM = NoiseSchedule.vp_linear(), NoiseSchedule.flow(), NoiseSchedule.edm()
 SCHEDULES = pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=lambda s: s.name)
 N = 10_000
 WITHIN = 5  # standard errors, of the worst of eight statistics
 
-# r(x) = b . x - x . A x / 2 moves the weight of PLANE's first component from 0.4 to 0.73
-LINEAR = torch.tensor([-0.6, 0.8], dtype=torch.float64)
-QUADRATIC = torch.tensor([[0.5, 0.2], [0.2, 0.9]], dtype=torch.float64)
-TILTED = PLANE.tilted(LINEAR, QUADRATIC)
 
-
-def reward(x: Tensor) -> Tensor:
-    return x @ LINEAR - 0.5 * ((x @ QUADRATIC) * x).sum(-1)
-
-
-def noise(n: int = N, features: int = 2, seed: int = 0) -> Tensor:
+def noise(n: int, features: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(n, features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def begin(schedule: NoiseSchedule, seed: int = 0) -> Tensor:
-    return noise(seed=seed) * schedule.sigma(torch.ones((), dtype=torch.float64))
-
-
-def deviations(x: Tensor, truth: Mixture, groups: int = N) -> Tensor:
-    """How many standard errors mean, second moments and shares of components are off, worst first, over independent groups."""
-    gap = x - truth.mean()
-    second = (gap[:, :, None] * gap[:, None, :] - truth.covariance()).flatten(1)
-    off = torch.cat([gap, second, truth.shares(x) - truth.weights], 1).view(groups, -1, 2 + 4 + 2).mean(1)
-    return (off.mean(0).abs() / (off.std(0) / groups**0.5)).sort(descending=True).values
-
-
-def exact_energy(truth: Mixture, schedule: NoiseSchedule):
-    """log E[exp r(x_0) | x_t] up to a constant: the tilted mixture's log density under noise, over the mixture's own."""
-    return lambda x, t: truth.noised(schedule, t).log_density(x) - PLANE.noised(schedule, t).log_density(x)
 
 
 # -- the truth itself --------------------------------------------------------------------------------------------------
@@ -54,11 +29,11 @@ def test_the_tilted_mixture_is_the_mixture_times_exp_r():
     ratio = TILTED.log_density(x) - PLANE.log_density(x) - reward(x)
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=0, atol=1e-10)
     assert TILTED.weights[0] > 0.7
-    assert deviations(TILTED.draw(N, torch.Generator().manual_seed(0)), TILTED)[0] < WITHIN
+    assert deviations(TILTED.draw(N, torch.Generator().manual_seed(0)))[0] < WITHIN
 
 
 def test_a_wrong_answer_is_seen():
-    assert deviations(PLANE.draw(N, torch.Generator().manual_seed(0)), TILTED)[0] > 50
+    assert deviations(PLANE.draw(N, torch.Generator().manual_seed(0)))[0] > 50
 
 
 # -- classifier --------------------------------------------------------------------------------------------------------
@@ -66,7 +41,7 @@ def test_a_wrong_answer_is_seen():
 
 @SCHEDULES
 def test_the_exact_energy_gives_the_denoiser_of_the_tilted_mixture(schedule):
-    guide = Classifier(exact_energy(TILTED, schedule), schedule)
+    guide = Classifier(exact_energy(schedule), schedule)
     x = 2 * noise(50)
     for t in torch.tensor([0.05, 0.3, 0.7, 0.99], dtype=torch.float64):
         guided = guide(PLANE.denoiser(schedule)(x, t), x, t)
@@ -75,18 +50,17 @@ def test_the_exact_energy_gives_the_denoiser_of_the_tilted_mixture(schedule):
 
 @SCHEDULES
 def test_exact_energy_guidance_samples_the_tilted_mixture(schedule):
-    guide = Classifier(exact_energy(TILTED, schedule), schedule)
-    x = sample(PLANE.denoiser(schedule), solver("dpmpp_3m", schedule, 40), begin(schedule), guide=guide)
-    assert deviations(x, TILTED)[0] < WITHIN
+    guide = Classifier(exact_energy(schedule), schedule)
+    x = sample(PLANE.denoiser(schedule), solver("dpmpp_3m", schedule, 40), begin(schedule, N), guide=guide)
+    assert deviations(x)[0] < WITHIN
 
 
 def test_a_classifier_of_the_component_gives_its_gaussian():
     """p(k | x_t) is the share of component k under noise."""
-    first = Mixture(torch.ones(1, dtype=torch.float64), PLANE.means[:1], PLANE.covariances[:1])
     guide = Classifier(lambda x, t: PLANE.noised(VP, t).shares(x)[:, 0].log(), VP)
-    x = sample(PLANE.denoiser(VP), solver("dpmpp_3m", VP, 40), begin(VP), guide=guide)
-    assert ((x.mean(0) - first.mean()).abs() / (x.std(0) / N**0.5)).max() < WITHIN
-    torch.testing.assert_close(torch.cov(x.T), first.covariance(), rtol=0, atol=0.015)
+    x = sample(PLANE.denoiser(VP), solver("dpmpp_3m", VP, 40), begin(VP, N), guide=guide)
+    assert ((x.mean(0) - FIRST.mean()).abs() / (x.std(0) / N**0.5)).max() < WITHIN
+    torch.testing.assert_close(torch.cov(x.T), FIRST.covariance(), rtol=0, atol=0.015)
 
 
 def test_guidance_leaves_known_tokens_and_works_in_inference_mode():
@@ -104,8 +78,7 @@ def test_guidance_leaves_known_tokens_and_works_in_inference_mode():
 
 def conditional(schedule: NoiseSchedule, calls: list[int] | None = None):
     """denoise(x, t, c): c (B, 1) is 1 for PLANE's first component, 0 for the whole of PLANE."""
-    first = Mixture(torch.ones(1, dtype=torch.float64), PLANE.means[:1], PLANE.covariances[:1]).denoiser(schedule)
-    whole = PLANE.denoiser(schedule)
+    first, whole = FIRST.denoiser(schedule), PLANE.denoiser(schedule)
 
     def denoise(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         if calls is not None:
@@ -119,11 +92,10 @@ ONE, NULL = torch.ones(1, 1), torch.zeros(1, 1)
 
 
 def test_scale_one_samples_the_conditional_and_zero_the_unconditional_mixture():
-    first = Mixture(torch.ones(1, dtype=torch.float64), PLANE.means[:1], PLANE.covariances[:1])
     table = solver("heun", VP, 40)
-    for scale, denoise in ((1.0, first.denoiser(VP)), (0.0, PLANE.denoiser(VP))):
+    for scale, denoise in ((1.0, FIRST.denoiser(VP)), (0.0, PLANE.denoiser(VP))):
         free = ClassifierFree(conditional(VP), ONE, NULL, scale)
-        torch.testing.assert_close(sample(free, table, begin(VP)[:500]), sample(denoise, table, begin(VP)[:500]))
+        torch.testing.assert_close(sample(free, table, begin(VP, 500)), sample(denoise, table, begin(VP, 500)))
 
 
 @SCHEDULES
@@ -142,7 +114,7 @@ def test_it_is_exact_between_gaussians_of_one_covariance(schedule, scale):
 def test_one_call_of_twice_the_batch_and_the_hooks_form_agree():
     calls: list[int] = []
     free = ClassifierFree(conditional(VP, calls), ONE, NULL, 2.5, interval=(0.2, 0.7), rescale=0.5)
-    table, x = solver("dpmpp_2m", VP, 10), begin(VP)[:7]
+    table, x = solver("dpmpp_2m", VP, 10), begin(VP, 7)
     doubled = sample(free, table, x)
     assert calls == [7, 7, 7, 14, 14, 14, 14, 14, 7, 7]
     hook = sample(lambda x, t: conditional(VP)(x, t, ONE), table, x, guide=free.guide)

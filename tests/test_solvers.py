@@ -33,7 +33,8 @@ CALLS = {
     "dpm_3": 3,
     "splitting": 2,
 }  # evaluations a step
-CALM = {"edm": {"churn": 0}, "sa": {"tau": 0}, "restart": {"times": 0}}  # options that take the noise away
+# options that take the noise away
+CALM = {"edm": {"churn": 0}, "sa": {"tau": 0}, "restart": {"times": 0}, "recurrent": {"times": 1}}
 
 
 # -- against diffusers: the same network, noise and steps, in float32, state by state ----------------------------------
@@ -308,6 +309,8 @@ STOCHASTIC = [
     ("dpmpp_2m_sde", {}),
     ("edm", {"churn": 40, "low": 0.0, "high": 1e9}),
     ("restart", {}),
+    ("recurrent", {"times": 3}),
+    ("recurrent", {"base": "ddpm"}),
     ("ddpm_accelerated", {}),
     ("sa", {}),
     ("sa", {"tau": 1.5, "between": (0, 1), "predictor": 3, "corrector": 4}),

@@ -2,5 +2,6 @@
 
 from diffusion.guidance.classifier import Classifier
 from diffusion.guidance.classifier_free import ClassifierFree
+from diffusion.guidance.training_free import METHODS, Settings, TrainingFree, search
 
-__all__ = ["Classifier", "ClassifierFree"]
+__all__ = ["METHODS", "Classifier", "ClassifierFree", "Settings", "TrainingFree", "search"]

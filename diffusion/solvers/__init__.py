@@ -12,7 +12,21 @@ from torch import Tensor
 from diffusion._options import check_options
 from diffusion.layout import Layout
 from diffusion.schedule import NoiseSchedule
-from diffusion.solvers import accelerated, conjugate, ddim, deis, dpm, dpmpp, edm, restart, runge_kutta, sa, splitting, unipc
+from diffusion.solvers import (
+    accelerated,
+    conjugate,
+    ddim,
+    deis,
+    dpm,
+    dpmpp,
+    edm,
+    recurrent,
+    restart,
+    runge_kutta,
+    sa,
+    splitting,
+    unipc,
+)
 from diffusion.solvers._spacing import SPACINGS
 from diffusion.tableau import Row, Tableau
 from pilotwave.errors import UserError, nearest
@@ -40,6 +54,7 @@ SOLVERS: dict[str, tuple[Callable[..., list[Row]], int]] = {
     "midpoint": (runge_kutta.midpoint, 2),
     "edm": (edm.edm, 2),
     "restart": (restart.restart, 2),
+    "recurrent": (recurrent.recurrent, 1),
     "conjugate": (conjugate.conjugate, 1),
     "splitting": (splitting.splitting, 1),
     "ddim_accelerated": (accelerated.ddim_accelerated, 2),
