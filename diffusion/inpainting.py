@@ -31,9 +31,11 @@ def inpaint(
     noise = torch.randn(known.shape, generator=generator, device=source).to(known.device)
     x_T = torch.where(mask, known, noise * denoiser.schedule.sigma(torch.ones((), device=known.device)))
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    call = denoiser.with_variance if table.learned else denoiser
+
+    def denoise(x: Tensor, t: Tensor) -> Any:
         # stages of a Runge-Kutta step are not pinned by `constrain`
-        return denoiser(torch.where(mask, known, x), t * noisy, condition)
+        return call(torch.where(mask, known, x), t * noisy, condition)
 
     def pin(x: Tensor, t: Tensor) -> Tensor:
         x = torch.where(mask, known, x)

@@ -37,6 +37,8 @@ class NumpySampler:
 
     def __init__(self, table: Tableau, shape: Sequence[int], dtype: DTypeLike = np.float32) -> None:
         self.shape, self.dtype, self.table = tuple(shape), np.dtype(dtype), table
+        if table.learned:
+            raise UserError("the NumPy sampler knows no learned variance; use diffusion.sample, or variance=small")
         self.places = table.memory + 1
         self.steps, newest = [], 0
         for row in table.rows:

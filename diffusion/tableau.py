@@ -7,6 +7,7 @@ A row of a `Tableau`, with x the state, d_1, d_2, ... the earlier predictions (n
     d = K_y y + K_d d                        what is kept of it: by default itself, or the noise (y - alpha d) / sigma
     x = U_x x + sum_j U_j d_j + U_d d + U_z z
 
+With a learned variance D gives v in [0, 1] beside d, and U_z is exp(V_0 + V_1 v), one for every number of x.
 A row that evaluates nothing may keep y itself (a momentum, a prediction changed afterwards), which then is the newest d_j.
 
 A coefficient is a Python float, or a tensor over the tokens (horizon, features) when levels differ by token.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 Coefficient = float | Tensor
-Denoise = Callable[[Tensor, Tensor], Tensor]
+Denoise = Callable[[Tensor, Tensor], Any]  # the predicted clean x; (x, v) with a learned variance
 Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
 Constrain = Callable[[Tensor, Tensor], Tensor]
 Select = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,6 +34,7 @@ class Row:
     """One row; `t` is the level evaluated at, `t_next` that of the state it leaves.
 
     `P is None`: y = x, and nothing is kept where nothing is evaluated. `K is None`: the prediction is kept as it is.
+    `V is None`: the noise has the scale U_z, and `denoise` returns d alone, not (d, v).
     """
 
     t: Tensor
@@ -43,6 +45,7 @@ class Row:
     U_z: Coefficient = 0.0
     P: tuple[Coefficient, Sequence[Coefficient], Coefficient] | None = None
     K: tuple[Coefficient, Coefficient] | None = None
+    V: tuple[Coefficient, Coefficient] | None = None
     evaluate: bool = True
     updates: bool = field(init=False)
 
@@ -54,20 +57,22 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Tableau:
-    """The rows of a sampler; its order of convergence without noise, its network calls, and how many earlier predictions it
-    looks back on."""
+    """The rows of a sampler; its order of convergence without noise, its network calls, how many earlier predictions it looks
+    back on, and whether `denoise` must return a learned variance too."""
 
     name: str
     rows: tuple[Row, ...]
     order: int = 1
     evaluations: int = field(init=False)
     memory: int = field(init=False)
+    learned: bool = field(init=False)
     _moved: dict[tuple[torch.device, torch.dtype], Tableau] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "evaluations", sum(row.evaluate for row in self.rows))
         reach = (max(len(row.U), len(row.P[1]) if row.P else 0) for row in self.rows)
         object.__setattr__(self, "memory", max(reach, default=0))
+        object.__setattr__(self, "learned", any(row.V is not None for row in self.rows))
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tableau:
         """The same table on a device, in the precision of the samples; made once and remembered.
@@ -129,7 +134,7 @@ def sample(
 ) -> Tensor:
     """Run a table from x_T (already scaled by sigma(1)) and return the clean sample, of x_T's shape.
 
-    denoise(x, t) -> predicted clean x; t broadcasts against x's leading axes.
+    denoise(x, t) -> predicted clean x, and (d, v) where `table.learned`; t broadcasts against x's leading axes.
     guide(d, y, t) -> changed prediction, of the state y that was evaluated.
     constrain(x, t) -> changed state, after every update of x and so after the last; never on the points between, where
     a Runge-Kutta method only evaluates (tokens that are known take `solver(..., tokens=)`, which holds there too).
@@ -141,17 +146,19 @@ def sample(
     for row in table.rows:
         y = x if row.P is None else _combine(x, row.P[0], history, row.P[1], row.P[2], generator)
         if row.evaluate:
-            d = denoise(y, row.t)
+            d, v = denoise(y, row.t) if row.V is not None else (denoise(y, row.t), None)
             if guide is not None:
                 d = guide(d, y, row.t)
             if select is not None:
                 keep = select(x, d, row.t)
                 x, y, d, history = x[keep], y[keep], d[keep], [h[keep] for h in history]
+                v = v if v is None else v[keep]
             history = [d if row.K is None else _add(d * row.K[1], y, row.K[0]), *history]
         elif row.P is not None:
             history = [y, *history]
         if row.updates:
-            x = _combine(x, row.U_x, history, (row.U_d, *row.U) if row.evaluate else row.U, row.U_z, generator)
+            scale = row.U_z if row.V is None or v is None else torch.exp(row.V[0] + row.V[1] * v)
+            x = _combine(x, row.U_x, history, (row.U_d, *row.U) if row.evaluate else row.U, scale, generator)
             if constrain is not None:
                 x = constrain(x, row.t_next)
         history = history[: table.memory]

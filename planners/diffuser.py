@@ -94,9 +94,11 @@ class Diffuser(Algorithm):
         groups["action"] = spec.action_dim if config["actions"] else 0
         self.layout = Layout(**{name: size for name, size in groups.items() if size})
         self.normalizer = Normalizer.from_shapes({"observation": spec.observation_dim, "action": spec.action_dim})
-        network = build_network(features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **config["network"])
+        variance, shape = config.get("variance", "fixed"), (self.layout.features, self.H, len(self.layout.groups))
+        outputs = self.layout.features * (2 if variance == "learned" else 1)
+        network = build_network(features=shape[0], horizon=shape[1], groups=shape[2], outputs=outputs, **config["network"])
         schedule = NoiseSchedule.from_config(**config["schedule"])
-        self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"])
+        self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"], variance)
         # how far the goal features move from token to token in the data, in the task's units
         self.register_buffer("longest_step", torch.tensor(float("inf")))
         self.value_config: dict[str, Any] = dict(config.get("value") or {})
@@ -170,7 +172,10 @@ class Diffuser(Algorithm):
         weight = torch.ones(self.H, self.layout.features, device=device)
         if "action" in self.layout:
             weight[0, self.layout["action"]] = float(self.config["first_action_weight"])
-        loss = self.denoiser.loss(x_0, generator, clean=clean, weighting=self.config["weighting"], weight=weight)
+        loss = self.denoiser.loss(
+            x_0, generator, clean=clean, weighting=self.config["weighting"], weight=weight,
+            perturbation=float(self.config.get("input_perturbation", 0.0)),
+        )  # fmt: skip
         info = {"loss": loss.detach()}
         if self.spec.goal_dim and self.arrivals.durations:
             # every later token is a goal that was reached after so many
@@ -356,9 +361,7 @@ class Diffuser(Algorithm):
         `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers` (settings of
         `robots.barriers.build`) and from the hazards that a task observes; None plans past them.
         """
-        control = overlaid(
-            self.config["control"], replan_every=replan_every, samples=samples, track=track, deviation=deviation
-        )
+        control = overlaid(self.config["control"], replan_every=replan_every, samples=samples, track=track, deviation=deviation)
         settings = sampler or self.config["sampler"]
         if safety is not None:
             from planners.safe import SafeController, SafeDiffuser

@@ -143,7 +143,9 @@ class DiffusionWorldModel(WorldModel):
         if self.joint:
             reward = self.normalizer.normalize("reward", batch["reward"][:, self.h - 1 : -1, None])
             x_0 = torch.cat([x_0, reward], 2)
-        loss = self.denoiser.loss(x_0, generator, condition=outlook, levels=self.levels(len(x_0), generator))
+        perturbation = float(self.config.get("input_perturbation", 0.0))
+        levels = self.levels(len(x_0), generator)
+        loss = self.denoiser.loss(x_0, generator, condition=outlook, levels=levels, perturbation=perturbation)
         loss = loss + self.reading_loss(batch)
         return loss, {"loss": loss.detach()}
 
