@@ -7,8 +7,9 @@ from offline import load_run
 from planners.diffuser import Diffuser
 from planners.hierarchical import HierarchicalDiffuser
 from planners.plan import Plan
+from planners.veteran import Veteran
 
-__all__ = ["Diffuser", "HierarchicalDiffuser", "Plan", "load"]
+__all__ = ["Diffuser", "HierarchicalDiffuser", "Plan", "Veteran", "load"]
 
 
 def load(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Any:

@@ -27,6 +27,7 @@ from diffusion import Classifier, Denoiser, Layout, NoiseSchedule, Tableau, inpa
 from diffusion.networks import FourierFeatures, build_network
 from diffusion.tableau import Constrain
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
+from offline.returns import returns_to_go
 from pilotwave.errors import UserError, nearest
 from planners.controller import PlanController, overlaid
 from planners.plan import Correction, Plan
@@ -140,14 +141,7 @@ class Diffuser(Algorithm):
 
     def _returns(self, store: TrajectoryStore) -> Tensor:
         """Discounted rewards to go, (N,), scaled to unit deviation."""
-        discount = float(self.value_config["discount"])
-        rewards = np.asarray(store.columns["reward"], np.float64)
-        returns = np.zeros_like(rewards)
-        ends = set((store.episode_ends - 1).tolist())
-        following = 0.0
-        for i in range(len(rewards) - 1, -1, -1):
-            following = rewards[i] + (0.0 if i in ends else discount * following)
-            returns[i] = following
+        returns = returns_to_go(store, float(self.value_config["discount"]))
         return torch.as_tensor((returns - returns.mean()) / max(returns.std(), 1e-6), dtype=torch.float32)
 
     def pack(self, batch: Mapping[str, Tensor]) -> Tensor:
