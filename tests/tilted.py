@@ -8,9 +8,9 @@ from torch import Tensor
 from diffusion import NoiseSchedule
 from tests.mixture import PLANE, Mixture
 
-# r(x) = b . x - x . A x / 2 moves the weight of PLANE's first component from 0.4 to 0.73
-LINEAR = torch.tensor([-0.6, 0.8], dtype=torch.float64)
-QUADRATIC = torch.tensor([[0.5, 0.2], [0.2, 0.9]], dtype=torch.float64)
+# r(x) = b . x - x . A x / 2 moves the weight of PLANE's first component from 0.4 to 0.88
+LINEAR = torch.tensor([-1.2, 1.6], dtype=torch.float64)
+QUADRATIC = torch.tensor([[1.0, 0.4], [0.4, 1.8]], dtype=torch.float64)
 TILTED = PLANE.tilted(LINEAR, QUADRATIC)
 FIRST = Mixture(torch.ones(1, dtype=torch.float64), PLANE.means[:1], PLANE.covariances[:1])  # p(x | the first component)
 
