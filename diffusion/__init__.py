@@ -9,6 +9,7 @@ from diffusion.numpy_executor import NumpySampler
 from diffusion.optimal_steps import optimal_steps
 from diffusion.schedule import SCHEDULES, NoiseSchedule
 from diffusion.solvers import solver, solvers, spaced
+from diffusion.solvers.dc import fit_ratios
 from diffusion.tableau import Row, Tableau, sample
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "NumpySampler",
     "Row",
     "Tableau",
+    "fit_ratios",
     "inpaint",
     "level_matrices",
     "optimal_steps",

@@ -15,6 +15,7 @@ from diffusion.schedule import NoiseSchedule
 from diffusion.solvers import (
     accelerated,
     conjugate,
+    dc,
     ddim,
     deis,
     dpm,
@@ -56,6 +57,7 @@ SOLVERS: dict[str, tuple[Callable[..., list[Row]], int]] = {
     "restart": (restart.restart, 2),
     "recurrent": (recurrent.recurrent, 1),
     "conjugate": (conjugate.conjugate, 1),
+    "dc": (dc.dc, 3),
     "splitting": (splitting.splitting, 1),
     "ddim_accelerated": (accelerated.ddim_accelerated, 2),
     "ddpm_accelerated": (accelerated.ddpm_accelerated, 1),
