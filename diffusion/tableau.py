@@ -15,7 +15,8 @@ A coefficient is a Python float, or a tensor over the tokens (horizon, features)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -74,6 +75,11 @@ class Tableau:
         object.__setattr__(self, "memory", max(reach, default=0))
         object.__setattr__(self, "learned", any(row.V is not None for row in self.rows))
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether fresh noise is added on the way."""
+        return any(not _is(c, 0.0) for row in self.rows for c in (row.U_z, row.P[2] if row.P else 0.0))
+
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tableau:
         """The same table on a device, in the precision of the samples; made once and remembered.
 
@@ -123,6 +129,39 @@ def _combine(
     return y if _is(c_z, 0.0) else _add(y, torch.empty_like(x).normal_(generator=generator), c_z)
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What `sample` was asked, but for the table: another table can answer it from the same noise."""
+
+    denoise: Denoise
+    x_T: Tensor
+    guide: Guide | None = None
+    constrain: Constrain | None = None
+
+    def answer(self, table: Tableau) -> Tensor:
+        """What a table makes of the same noise x_T."""
+        return sample(self.denoise, table, self.x_T, guide=self.guide, constrain=self.constrain)
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        """The guided prediction."""
+        d = self.denoise(x, t)
+        return d if self.guide is None else self.guide(d, x, t)
+
+
+_records: list[list[Call]] = []
+
+
+@contextmanager
+def record() -> Iterator[list[Call]]:
+    """Collects the calls of `sample` made within, whoever makes them (their closures keep what they are conditioned on)."""
+    calls: list[Call] = []
+    _records.append(calls)
+    try:
+        yield calls
+    finally:
+        _records.remove(calls)
+
+
 def sample(
     denoise: Denoise,
     table: Tableau,
@@ -141,6 +180,8 @@ def sample(
     select(x, d, t) -> indices (B,) of the batch members that go on, after each evaluation and before the update.
     Gradients are recorded where the caller's mode records them.
     """
+    for calls in _records:
+        calls.append(Call(denoise, x_T, guide, constrain))
     table = table.to(x_T.device, x_T.dtype)
     x, history = x_T, []  # type: Tensor, list[Tensor]
     for row in table.rows:

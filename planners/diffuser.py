@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import Classifier, Denoiser, Layout, NoiseSchedule, Tableau, inpaint, solver
+from diffusion import Classifier, Denoiser, Layout, NoiseSchedule, Tableau, inpaint
 from diffusion.networks import FourierFeatures, build_network
 from diffusion.tableau import Constrain
-from offline import Algorithm, DataSpec, Normalizer, Windows, register
+from offline import Algorithm, DataSpec, Normalizer, Windows, register, sampler_table
 from offline.returns import returns_to_go
 from pilotwave.errors import UserError, nearest
 from planners.controller import PlanController, overlaid
@@ -198,8 +198,7 @@ class Diffuser(Algorithm):
 
     def table(self, sampler: Mapping[str, Any] | None = None) -> Tableau:
         """The sampler's Tableau: the config's, or another {name, steps, ...}."""
-        options = dict(sampler or self.config["sampler"])
-        return solver(options.pop("name"), self.denoiser.schedule, options.pop("steps"), **options)
+        return sampler_table(self, sampler or self.config["sampler"])
 
     @torch.no_grad()
     def sample_plans(

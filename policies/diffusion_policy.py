@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver
+from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample
 from diffusion.networks import ImageEncoder, build_network
-from offline import Algorithm, DataSpec, Normalizer, Windows, register, retime
+from offline import Algorithm, DataSpec, Normalizer, Windows, register, retime, sampler_table
 from pilotwave.errors import UserError, nearest
 from policies.controller import PolicyController
 from policies.ridge import Ridge
@@ -240,10 +240,9 @@ class DiffusionPolicy(Algorithm):
             actions = actions.clamp(low, high)
         return actions
 
-    def table(self, sampler: Mapping[str, Any] | None = None) -> Any:
+    def table(self, sampler: Mapping[str, Any] | None = None) -> Tableau:
         """The sampler's Tableau: the config's, or another {name, steps, ...}."""
-        options = dict(sampler or self.config["sampler"])
-        return solver(options.pop("name"), self.denoiser.schedule, options.pop("steps"), **options)
+        return sampler_table(self, sampler or self.config["sampler"])
 
     def act(self, history: np.ndarray | Mapping[str, np.ndarray], generator: torch.Generator | None = None) -> np.ndarray:
         """(To, Do) -> (Ta, Da), or with a leading batch axis; a mapping adds images beside "observation", and the last
