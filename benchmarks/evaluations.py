@@ -152,17 +152,17 @@ def _figure(line: dict[str, Any], key: str) -> tuple[float, float]:
 
 
 def wanted(arguments: argparse.Namespace) -> list[Row]:
-    """The rows asked for, but tuned ones without a table."""
+    """The rows asked for, in that order, but tuned ones without a table."""
     rows = []
-    for name in arguments.checkpoint or SEEDS:
-        seed = SEEDS.get(name, 0) if arguments.seed is None else arguments.seed
-        for sampler, evaluations in arguments.rows:
+    for sampler, evaluations in arguments.rows:
+        for name in arguments.checkpoint or SEEDS:
+            seed = SEEDS.get(name, 0) if arguments.seed is None else arguments.seed
             tuned = ROOT / "checkpoints" / name / f"tuned_{evaluations}.safetensors"
             if sampler == "tuned" and not tuned.exists():
                 print(f"left out: {name} has no {tuned.name}; pilotwave tune checkpoints/{name} evaluations={evaluations}")
                 continue
             rows.append(Row(evaluations, name, sampler, arguments.episodes, seed))
-    return sorted(rows)
+    return rows
 
 
 def results(rows: Iterable[Row], workers: int) -> Iterable[tuple[Row, dict[str, Any]]]:
@@ -181,7 +181,7 @@ def row_of(word: str) -> tuple[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = [(sampler, n) for sampler in SAMPLERS for n in EVALUATIONS] + [REFERENCE]
+    every = [(sampler, n) for n in EVALUATIONS for sampler in SAMPLERS] + [REFERENCE]
     parser.add_argument("--checkpoint", nargs="+", help="names below checkpoints/")
     parser.add_argument("--rows", nargs="+", type=row_of, default=every, metavar="SAMPLER:EVALUATIONS")
     parser.add_argument("--episodes", type=int, default=200)
