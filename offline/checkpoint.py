@@ -276,7 +276,9 @@ def load_run(
         raise UserError(f"{model} holds no '{wanted}' entries: only the averaged weights were kept; load with ema=True")
     algorithm = known[config["name"]](spec, config["algorithm"])
     _load_strictly(algorithm, state, str(model))
-    algorithm.origin = folder, digest
+    for part in algorithm.modules():  # a planner may hold others
+        if isinstance(part, Algorithm):
+            part.origin = folder, digest
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return algorithm.to(device).eval()

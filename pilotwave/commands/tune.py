@@ -25,6 +25,8 @@ def run(overrides: Sequence[str]) -> None:
     writable_folder(folder)
     task = task_of(cfg, folder)
     learned = load(folder, ("planner", "policy"), ema=cfg.ema, device=cfg.device)
+    if not hasattr(learned, "denoiser"):
+        raise UserError(f"{learned.name} has no denoiser of its own to tune a table for")
 
     from diffusion.search import Problem, tune
     from offline.checkpoint import write_atomic
@@ -67,8 +69,6 @@ def calls_of(learned: Any, task: Any, cfg: DictConfig, part: int) -> list[Call]:
     settings = OmegaConf.create({"controller": {**plain(cfg.controller), "seed": seed}, "sampler": {}})
     with record() as calls:
         rollout(task, controller(learned, task.spec, settings), cfg.episodes, seed, num_envs=BATCH)
-    if not calls:
-        raise UserError(f"{learned.name} draws no samples by a table; there is nothing to tune")
     every = max(1, round(sum(len(call.x_T) for call in calls) / cfg.samples))
     return calls[::every]
 
