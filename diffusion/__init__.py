@@ -7,6 +7,7 @@ from diffusion.inpainting import inpaint
 from diffusion.layout import Layout
 from diffusion.numpy_executor import NumpySampler
 from diffusion.optimal_steps import optimal_steps
+from diffusion.picard import PicardSampler, ddpm_deviation
 from diffusion.schedule import SCHEDULES, NoiseSchedule
 from diffusion.solvers import solver, solvers, spaced
 from diffusion.solvers.dc import fit_ratios
@@ -22,8 +23,10 @@ __all__ = [
     "Layout",
     "NoiseSchedule",
     "NumpySampler",
+    "PicardSampler",
     "Row",
     "Tableau",
+    "ddpm_deviation",
     "fit_ratios",
     "inpaint",
     "level_matrices",

@@ -22,6 +22,7 @@ DETERMINISTIC: dict[str, dict[str, float]] = {
     "edm": {"churn": 0},
     "sa": {"tau": 0},
     "conjugate": {},
+    "dc": {},
     "recurrent": {"times": 1},
     "splitting": {"noise": 0},
 }
