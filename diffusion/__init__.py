@@ -11,6 +11,7 @@ from diffusion.picard import PicardSampler, ddpm_deviation
 from diffusion.schedule import SCHEDULES, NoiseSchedule
 from diffusion.solvers import solver, solvers, spaced
 from diffusion.solvers.dc import fit_ratios
+from diffusion.solvers.dpm_v3 import ModelStatistics, model_statistics
 from diffusion.tableau import Row, Tableau, sample
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ClassifierFree",
     "Denoiser",
     "Layout",
+    "ModelStatistics",
     "NoiseSchedule",
     "NumpySampler",
     "PicardSampler",
@@ -30,6 +32,7 @@ __all__ = [
     "fit_ratios",
     "inpaint",
     "level_matrices",
+    "model_statistics",
     "optimal_steps",
     "sample",
     "solver",

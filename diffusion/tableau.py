@@ -5,7 +5,7 @@ A row of a `Tableau`, with x the state, d_1, d_2, ... the earlier predictions (n
     y = P_x x + sum_j P_j d_j + P_z z        where to evaluate
     d = D(y, t)                              one network evaluation (a row may have none)
     d = K_y y + K_d d                        what is kept of it: by default itself, or the noise (y - alpha d) / sigma
-    x = U_x x + sum_j U_j d_j + U_d d + U_z z
+    x = U_x x + sum_j U_j d_j + U_d d + U_z z + U_1
 
 With a learned variance D gives v in [0, 1] beside d, and U_z is exp(V_0 + V_1 v), one for every number of x.
 A row that evaluates nothing may keep y itself (a momentum, a prediction changed afterwards), which then is the newest d_j.
@@ -47,12 +47,13 @@ class Row:
     P: tuple[Coefficient, Sequence[Coefficient], Coefficient] | None = None
     K: tuple[Coefficient, Coefficient] | None = None
     V: tuple[Coefficient, Coefficient] | None = None
+    U_1: Coefficient = 0.0
     evaluate: bool = True
     updates: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # a stage of a Runge-Kutta step only evaluates, and leaves x as it is
-        stays = _is(self.U_x, 1.0) and all(_is(c, 0.0) for c in (self.U_d, *self.U, self.U_z))
+        stays = _is(self.U_x, 1.0) and all(_is(c, 0.0) for c in (self.U_d, *self.U, self.U_z, self.U_1))
         object.__setattr__(self, "updates", not stays)
 
 
@@ -200,6 +201,7 @@ def sample(
         if row.updates:
             scale = row.U_z if row.V is None or v is None else torch.exp(row.V[0] + row.V[1] * v)
             x = _combine(x, row.U_x, history, (row.U_d, *row.U) if row.evaluate else row.U, scale, generator)
+            x = x if _is(row.U_1, 0.0) else x + row.U_1
             if constrain is not None:
                 x = constrain(x, row.t_next)
         history = history[: table.memory]
