@@ -117,6 +117,7 @@ def dpm_v3(
     if 1 < levels.shape[-1] != features > 1:
         raise UserError(f"dpm_v3's statistics are of {features} features, the levels of {levels.shape[-1]}")
     levels = levels.expand(*levels.shape[:-1], max(levels.shape[-1], features))
+    ems = ModelStatistics(ems.lmbda, *(part.expand(-1, levels.shape[-1]).contiguous() for part in (ems.l, ems.s, ems.b)))
     alpha, sigma = at(schedule, levels)
     lmbda = torch.log(alpha) - torch.log(sigma)
     if statistics is not None and bool((alpha <= 0).any()):
@@ -158,7 +159,8 @@ def dpm_v3(
         have = torch.where(falls, have + 1, torch.ones_like(have))
         usable = torch.where(sigma[-1] <= 0, torch.minimum(have, left[i]), have)
         earlier = list(range(i, max(i - p, -1), -1))
-        b, b_1 = spent(i, earlier, usable.clamp_max(p))
+        active = ~jump & ~same[i]
+        b, b_1 = spent(i, earlier, torch.where(active, usable.clamp_max(p), 1))
         grown = torch.exp(L[i] - L[i + 1])
         weights = [b_j + grown * c_j for b_j, c_j in zip(*_padded(b, change))]
         constant = b_1 + grown * change_1
@@ -169,8 +171,7 @@ def dpm_v3(
         first = torch.where(ends, torch.ones_like(kept), alpha[i + 1] - alpha[i] * kept)
         U = [torch.where(jump, first if j == 0 else torch.zeros_like(first), alpha[i + 1] * w) for j, w in enumerate(weights)]
         if corrector and i < len(levels) - 2:
-            full, full_1 = spent(i, [i + 1, *earlier], (usable + 1).clamp_max(p + 1))
-            active = ~jump & ~same[i]
+            full, full_1 = spent(i, [i + 1, *earlier], torch.where(active, (usable + 1).clamp_max(p + 1), 1))
             pairs = zip(full, _padded([torch.zeros_like(b_1), *b], full)[0])
             change = [torch.where(active, after - before, torch.zeros_like(after)) for after, before in pairs]
             change_1 = torch.where(active, full_1 - b_1, torch.zeros_like(b_1))
