@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.denoiser import Denoiser
-from diffusion.tableau import Constrain, Guide, Tableau, sample
+from diffusion.tableau import Constrain, Guide, Select, Tableau, sample
 
 
 def inpaint(
@@ -21,10 +21,12 @@ def inpaint(
     condition: Any = None,
     guide: Guide | None = None,
     constrain: Constrain | None = None,
+    select: Select | None = None,
 ) -> Tensor:
     """Samples (B, H, F) that hold `known` (B, H, F) where `clean` (B, H, groups) is true; the rest is denoised given it.
 
-    guide, constrain: as in `sample`; what is known stays as it is under both.
+    guide, constrain, select: as in `sample`; what is known stays as it is, and must be the same where select may put one member of
+    the batch in another's place.
     """
     mask, noisy = denoiser.layout.levels(clean), (~clean).to(known.dtype)
     source = known.device if generator is None else generator.device
@@ -41,4 +43,4 @@ def inpaint(
         x = torch.where(mask, known, x)
         return x if constrain is None else torch.where(mask, known, constrain(x, t))
 
-    return sample(denoise, table, x_T, generator, guide=guide, constrain=pin)
+    return sample(denoise, table, x_T, generator, guide=guide, constrain=pin, select=select)

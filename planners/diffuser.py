@@ -7,6 +7,8 @@ trajectories steers it (section 3.2, algorithm 1):
 
     d <- d + scale (sigma_t^2 / alpha_t) grad_x V(x_t, t)        eq. 3's shifted mean, written for the data prediction
 
+or, with `value.steer`, chooses among the samples on their way by Feynman-Kac steering to the same p(x) exp(scale V(x)).
+
 Training draws the arrival token at random, so that a plan may arrive early and stay, and learns how long ways from o to g
 take in the data, p(k | o, g): asked to arrive sooner or later than the data ever did, a denoiser cuts through walls. The
 paper's fixed last token is `arrivals: last`.
@@ -24,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion import Classifier, Denoiser, Layout, NoiseSchedule, Tableau, inpaint
+from diffusion.guidance import POTENTIALS, FeynmanKac
 from diffusion.networks import FourierFeatures, build_network
-from diffusion.tableau import Constrain
+from diffusion.tableau import Constrain, Select
 from offline import Algorithm, DataSpec, Normalizer, Windows, register, sampler_table
 from offline.returns import returns_to_go
 from pilotwave.errors import UserError, nearest
@@ -106,6 +109,11 @@ class Diffuser(Algorithm):
         if self.value_config:
             value = dict(self.value_config["network"])
             self.value = build_network(features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **value)
+            steer = self.value_config.get("steer")
+            if steer is not None and steer not in POTENTIALS:
+                raise nearest("planner.value.steer", str(steer), POTENTIALS)
+            if steer is not None and spec.goal_dim:
+                raise UserError("planner.value.steer lets plans take each other's place; goals at tokens of their own forbid it")
         if spec.goal_dim and self.arrivals.durations:
             self.durations = Durations(spec.observation_dim + spec.goal_dim, self.H)
 
@@ -209,10 +217,12 @@ class Diffuser(Algorithm):
         table: Tableau,
         generator: torch.Generator | None = None,
         constrain: Constrain | None = None,
+        select: Select | None = None,
     ) -> Tensor:
         """Trajectories (B, H, F) from observations (B, Do), goals (B, Dg), all normalized, and arrival tokens (B,).
 
-        constrain: a further change of the state after each update, which leaves what is known as it is.
+        constrain: a further change of the state after each update, which leaves what is known as it is. select: a choice among
+        the trajectories on their way, in place of the value's gradient.
         """
         b, device = observation.shape[0], observation.device
         known = torch.zeros(b, self.H, self.layout.features, device=device)
@@ -221,9 +231,9 @@ class Diffuser(Algorithm):
             known[torch.arange(b, device=device), arrival, : self.spec.goal_dim] = goal
         clean = self.clean(arrival if goal is not None else None, b, device)
         guide = None
-        if self.value_config:
+        if self.value_config and select is None:
             guide = Classifier(self._value, self.denoiser.schedule, float(self.value_config["scale"]))
-        return inpaint(self.denoiser, table, known, clean, generator, guide=guide, constrain=constrain)
+        return inpaint(self.denoiser, table, known, clean, generator, guide=guide, constrain=constrain, select=select)
 
     def plan(
         self,
@@ -259,7 +269,11 @@ class Diffuser(Algorithm):
             g = g[:, : self.spec.goal_dim].repeat_interleave(samples, 0)
             arrival = self._arrivals(o[::samples], g[::samples], samples).flatten()
         hook = None if correction is None else correction.during
-        x = self.sample_plans(o, g, arrival, self.table(sampler), generator, hook)
+        steering = self._steering(samples, generator)
+        x = self.sample_plans(o, g, arrival, self.table(sampler), generator, hook, steering)
+        if steering is not None:
+            with torch.no_grad():
+                x = steering.finish(x)
         b, do = len(observation), self.spec.observation_dim
         observations = self.normalizer.denormalize("observation", x[..., :do])
         if correction is not None:
@@ -283,6 +297,20 @@ class Diffuser(Algorithm):
 
         parts = [None if part is None else best_first(part) for part in (actions, arrival)]
         return Plan(best_first(observations), parts[0], best_first(values), parts[1])
+
+    def _steering(self, samples: int, generator: torch.Generator | None) -> FeynmanKac | None:
+        """The choice among the samples of one observation by the value network, where `value.steer` names a potential."""
+        potential, scale = self.value_config.get("steer"), float(self.value_config.get("scale", 0.0))
+        if potential is None:
+            return None
+
+        def value(x: Tensor, d: Tensor, t: Tensor) -> Tensor:
+            return scale * self._value(x, t)
+
+        def reward(x: Tensor) -> Tensor:
+            return scale * self._value(x, torch.zeros((), device=x.device))
+
+        return FeynmanKac(reward, samples, value=value, potential=potential, generator=generator)
 
     def _arrivals(self, o: Tensor, g: Tensor, samples: int) -> Tensor:
         """The tokens (B, samples) to arrive at: spread over the usual durations from o (B, Do) to g (B, Dg), or the last."""
