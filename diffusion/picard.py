@@ -54,7 +54,8 @@ class PicardSampler:
         self.P_x, self.P, self.P_z = _column([p[0] for p in points]), _columns([p[1] for p in points]), [p[2] for p in points]
         self.K = [_column([(row.K or (0.0, 1.0))[j] for row in rows]) for j in (0, 1)]
         self.U = _columns([(row.U_d, *row.U) if row.evaluate else row.U for row in rows])
-        self.U_x, self.U_z = _column([row.U_x for row in rows]) - 1, [row.U_z for row in rows]
+        self.U_x, self.U_1 = _column([row.U_x for row in rows]) - 1, _column([row.U_1 for row in rows])
+        self.U_z = [row.U_z for row in rows]
 
     def __call__(self, denoise: Denoise, x_T: Tensor, generator: torch.Generator | None = None) -> Tensor:
         n, batch = len(self.kept), x_T.shape[0]
@@ -64,7 +65,7 @@ class PicardSampler:
             return c.to(x_T).reshape(c.shape + (1,) * (1 + x_T.ndim - c.ndim))
 
         t, P_x, U_x, P, U = fit(self.t), fit(self.P_x), fit(self.U_x), [fit(c) for c in self.P], [fit(c) for c in self.U]
-        K_y, K_d = (fit(c) for c in self.K)
+        (K_y, K_d), U_1 = (fit(c) for c in self.K), fit(self.U_1)
         may_move = self.may_move.to(x_T)
         kept, evaluate, newest = (m.to(x_T.device) for m in (self.kept, self.evaluate, self.newest))
         z_P, z_U = self._noise(x_T, generator)
@@ -91,7 +92,7 @@ class PicardSampler:
                 out = denoise(there.flatten(0, 1), levels).unflatten(0, there.shape[:2])
                 keep[calls] = K_y[b:e][calls] * there + K_d[b:e][calls] * out
             d[newest[b:e][adds]] = keep[adds]
-            f = _plus(U_x[b:e] * x[b:e] + z_U[b:e], [c[b:e] for c in U], d, newest[b:e])
+            f = _plus(U_x[b:e] * x[b:e] + U_1[b:e] + z_U[b:e], [c[b:e] for c in U], d, newest[b:e])
             before = x[b:e].clone()
             x[b + 1 : e + 1] = x[b] + f.cumsum(0)
             now = points(b, e)

@@ -18,7 +18,7 @@ from tests.mixture import elementwise
 DETERMINISTIC: dict[str, dict[str, float]] = {
     **{name: {} for name in ("ddim", "euler", "heun", "midpoint", "ddim_accelerated")},
     **{name: {} for name in ("deis_1", "deis_2", "deis_3", "dpm_1", "dpm_2", "dpm_3")},
-    **{name: {} for name in ("dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "unipc_1", "unipc_2", "unipc_3")},
+    **{name: {} for name in ("dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "dpm_v3", "unipc_1", "unipc_2", "unipc_3")},
     "edm": {"churn": 0},
     "sa": {"tau": 0},
     "conjugate": {},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion import NoiseSchedule, PicardSampler, ddpm_deviation, level_matrices, sample, solver, solvers, spaced
+from diffusion.solvers.dpm_v3 import ModelStatistics
 from pilotwave.errors import UserError
 from tests.mixture import elementwise
 
@@ -127,6 +128,15 @@ def test_precision_is_that_of_the_samples():
 def test_settings_that_make_no_sense_are_refused(window, tolerance):
     with pytest.raises(UserError, match="a window of at least 1 and no tolerance below 0"):
         PicardSampler(solver("ddim", VP, 5), window, tolerance)
+
+
+def test_a_constant_of_a_row_is_added():
+    """As DPM-Solver-v3's statistics have it."""
+    lmbda = torch.tensor([-6.0, 6.0], dtype=torch.float64)
+    statistics = ModelStatistics(lmbda, *(torch.full((2, 3), v, dtype=torch.float64) for v in (0.8, -0.3, 0.2)))
+    table, x, denoise = solver("dpm_v3", VP, 12, statistics=statistics), noise(2, 5, 3), elementwise(VP)
+    assert any(torch.as_tensor(row.U_1).any() for row in table.rows)
+    torch.testing.assert_close(PicardSampler(table, 5, 0.0)(denoise, x), sample(denoise, table, x), rtol=1e-12, atol=1e-12)
 
 
 def test_learned_variances_are_refused():

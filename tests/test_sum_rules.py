@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion import NoiseSchedule, Tableau, sample, solver, solvers
+from diffusion.solvers.dpm_v3 import ModelStatistics
 
 # -- schedules and steps -----------------------------------------------------------------------------------------------
 
@@ -187,6 +188,8 @@ class Promise:
     top: float = 1.0  # the highest level, where all of them are not defined at 1
 
 
+# DPM-Solver's statistics of DPM-Solver-v3
+NOISE = ModelStatistics(*(torch.tensor(part).double() for part in ([-1, 1], [[0]] * 2, [[-1]] * 2, [[0]] * 2)))
 EVERYWHERE = {"tau": 0.7, "between": (0, 1)}
 FIRST = [({}, adams("data", 1))]
 PROMISES = {
@@ -225,6 +228,10 @@ PROMISES = {
     "dpmpp_3m": Promise(linear=[({}, adams("data", 3))]),
     "dpmpp_2m_sde": Promise(calm=None, linear=[({}, adams("data", 2, average="bh2", tau=1.0))], noisy=[({}, "marginal")]),
     **{f"unipc_{p}": Promise(linear=[({"variant": v}, adams("data", p, p + 1, v)) for v in ("bh1", "bh2")]) for p in (1, 2, 3)},
+    "dpm_v3": Promise(
+        linear=[({"p": p}, adams("data", p, p + 1)) for p in (1, 2, 3)]
+        + [({"corrector": False}, adams("data", 2)), ({"statistics": NOISE}, adams("noise", 2, 3))]
+    ),
     "dc": Promise(linear=[({"p": p}, adams("data", p, p + 1, "bh2")) for p in (1, 2, 3)]),
     "sa": Promise(
         calm={"tau": 0},
