@@ -40,6 +40,8 @@ class NumpySampler:
         self.shape, self.dtype, self.table = tuple(shape), np.dtype(dtype), table
         if table.learned:
             raise UserError("the NumPy sampler knows no learned variance; use diffusion.sample, or variance=small")
+        if table.correct is not None:
+            raise UserError("the NumPy sampler calls denoisers as they are; use diffusion.sample for a correction")
         if any(isinstance(row.U_1, Tensor) or row.U_1 != 0 for row in table.rows):
             raise UserError("the NumPy sampler adds no constants; use diffusion.sample, or dpm_v3 without statistics")
         self.places = table.memory + 1

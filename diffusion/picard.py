@@ -38,7 +38,7 @@ class PicardSampler:
     """
 
     def __init__(self, table: Tableau, window: int = 16, tolerance: float = 1e-3, scale: float | Tensor = 0.5) -> None:
-        rows, self.window = table.rows, window
+        rows, self.window, self.correct = table.rows, window, table.correct
         if table.learned:
             raise UserError("the parallel sampler knows no learned variance; use diffusion.sample, or variance=small")
         if window < 1 or not tolerance >= 0:
@@ -59,6 +59,7 @@ class PicardSampler:
 
     def __call__(self, denoise: Denoise, x_T: Tensor, generator: torch.Generator | None = None) -> Tensor:
         n, batch = len(self.kept), x_T.shape[0]
+        denoise = denoise if self.correct is None else self.correct(denoise)
 
         def fit(c: Tensor) -> Tensor:
             """Coefficients (rows, ...) of one number or of tokens, made to broadcast against (rows, B, ...)."""

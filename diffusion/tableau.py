@@ -65,6 +65,7 @@ class Tableau:
     name: str
     rows: tuple[Row, ...]
     order: int = 1
+    correct: Callable[[Denoise], Denoise] | None = None  # what the denoiser is corrected by, see `diffusion.corrections`
     evaluations: int = field(init=False)
     memory: int = field(init=False)
     learned: bool = field(init=False)
@@ -91,7 +92,7 @@ class Tableau:
         if moved is None:
             with torch.inference_mode(False):  # or the remembered tensors could not be trained through later
                 rows = tuple(replace(row, **_moved(row, device, dtype)) for row in self.rows)
-            moved = Tableau(self.name, rows, self.order)
+            moved = Tableau(self.name, rows, self.order, self.correct)
             # tensors made while a graph is recorded are stand-ins, or belong to it
             if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
                 self._moved[key] = moved
@@ -184,6 +185,7 @@ def sample(
     for calls in _records:
         calls.append(Call(denoise, x_T, guide, constrain))
     table = table.to(x_T.device, x_T.dtype)
+    denoise = denoise if table.correct is None else table.correct(denoise)
     x, history = x_T, []  # type: Tensor, list[Tensor]
     for row in table.rows:
         y = x if row.P is None else _combine(x, row.P[0], history, row.P[1], row.P[2], generator)

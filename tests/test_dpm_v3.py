@@ -98,7 +98,7 @@ def test_it_is_what_the_paper_says():
     schedule, levels, denoise = NoiseSchedule.vp_cosine(), [0.95, 0.7, 0.5, 0.3], elementwise(NoiseSchedule.vp_cosine())
     expected, ours = transcribed(lambda x, t: denoise(x.double(), t.double()), schedule, levels, 0.8), []
     table = solver("dpm_v3", schedule, levels, statistics=smooth())
-    sample(denoise, table, torch.full((1, 1), 0.8, dtype=torch.float64), constrain=lambda x, t: ours.append(float(x)) or x)
+    sample(denoise, table, torch.full((1, 1, 1), 0.8, dtype=torch.float64), constrain=lambda x, t: ours.append(float(x)) or x)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_order_of_convergence_with_statistics(where, p, corrector):
     for n in (80, 160):
         levels = graded(high, low, n, order)
         table = solver("dpm_v3", schedule, levels, statistics=smooth(), p=p, corrector=corrector)
-        errors.append(float((sample(elementwise(schedule), table, x[:, None])[:, 0] - exact).norm()))
+        errors.append(float((sample(elementwise(schedule), table, x[:, None, None])[:, 0, 0] - exact).norm()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
 
 
@@ -170,7 +170,7 @@ def test_statistics_err_less_in_few_steps(schedule):
 
     def error(**options) -> float:
         table = solver("dpm_v3", schedule, torch.linspace(high, low, 7, dtype=torch.float64), **options)
-        return float((sample(elementwise(schedule), table, x[:, None])[:, 0] - exact).norm())
+        return float((sample(elementwise(schedule), table, x[:, None, None])[:, 0, 0] - exact).norm())
 
     assert error(statistics=found) < 0.7 * error()
 

@@ -10,21 +10,20 @@ and all later steps take the moved one. rho = 1 moves nothing. `fit_ratios` find
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from diffusion._fit import least, trajectory
 from diffusion.schedule import NoiseSchedule
 from diffusion.solvers._adams import adams
 from diffusion.solvers._coefficients import plain
-from diffusion.solvers.unipc import unipc_2
 from diffusion.tableau import Coefficient, Constrain, Denoise, Row, Tableau, sample
 from pilotwave.errors import UserError, nearest
 
 _FIRST = 2  # the step from which on there are three predictions
-_GOLDEN = 0.6180339887498949
 
 
 def dc(
@@ -98,16 +97,7 @@ def fit_ratios(
     """
     levels = torch.as_tensor(levels, dtype=torch.float64)
     steps = len(levels) - 1
-    parts = levels[:-1, None] + (levels[1:] - levels[:-1])[:, None] * torch.arange(fine, dtype=torch.float64) / fine
-    path: list[Tensor] = []
-
-    def record(x: Tensor, t: Tensor) -> Tensor:
-        path.append(x if constrain is None else constrain(x, t))
-        return path[-1]
-
-    grid = torch.cat([parts.flatten(), levels[-1:]])
-    sample(denoise, Tableau("reference", tuple(unipc_2(schedule, grid))), x_T, constrain=record)
-    true, ratios = path[fine - 1 :: fine], [1.0] * steps
+    true, ratios = trajectory(denoise, schedule, x_T, levels, fine, constrain), [1.0] * steps
     for i in range(_FIRST, steps):
         # the corrected state is that from which the next step starts, as short as one likes
         beyond = levels[i + 1 : i + 2] * (1 - 1e-6) if levels[i + 1] > 0 else levels[:0]
@@ -118,24 +108,5 @@ def fit_ratios(
             x = sample(denoise, Tableau("dc", tuple(dc(schedule, first, chosen, p, variant))), x_T, constrain=constrain)
             return float((x - true[i]).square().sum())
 
-        ratios[i] = _least(error, 1 - span, 1 + span)
+        ratios[i] = least(error, 1 - span, 1 + span)
     return ratios
-
-
-def _least(error: Callable[[float], float], low: float, high: float, grid: int = 7, rounds: int = 12) -> float:
-    """Where `error` is least: the best of a grid, then golden section between its neighbours; 1 where nothing is better."""
-    points = torch.linspace(low, high, grid, dtype=torch.float64).tolist()
-    values = [error(point) for point in points]
-    best = min(range(grid), key=values.__getitem__)
-    low, high = points[max(best - 1, 0)], points[min(best + 1, grid - 1)]
-    inner = [high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)]
-    found = [error(point) for point in inner]
-    for _ in range(rounds):
-        if found[0] < found[1]:
-            high, inner, found = inner[1], [inner[1] - _GOLDEN * (inner[1] - low), inner[0]], [0.0, found[0]]
-            found[0] = error(inner[0])
-        else:
-            low, inner, found = inner[0], [inner[1], inner[0] + _GOLDEN * (high - inner[0])], [found[1], 0.0]
-            found[1] = error(inner[1])
-    candidates = dict(zip([*inner, 1.0], [*found, error(1.0)]))
-    return min(candidates, key=candidates.__getitem__)

@@ -113,7 +113,7 @@ def dpm_v3(
         raise UserError(f"dpm_v3's p must be 1, 2 or 3; got {p}")
     ems = PLUS if statistics is None else statistics
     given, features = levels, ems.l.shape[1]
-    levels = levels[:, None] if levels.ndim == 1 else levels
+    levels = levels.reshape(-1, 1, 1, 1) if levels.ndim == 1 else levels
     if 1 < levels.shape[-1] != features > 1:
         raise UserError(f"dpm_v3's statistics are of {features} features, the levels of {levels.shape[-1]}")
     levels = levels.expand(*levels.shape[:-1], max(levels.shape[-1], features))
