@@ -66,9 +66,7 @@ class PlanController:
         self.dt = planner.stride * task_spec.dt
         self.goal_dim = planner.spec.goal_dim
         p = self.goal_dim or planner.spec.observation_dim // 2
-        pd = PDTracker(
-            kp, kd, slice(0, p), slice(p, 2 * p), task_spec.action_low, task_spec.action_high, lookahead=lookahead
-        )
+        pd = PDTracker(kp, kd, slice(0, p), slice(p, 2 * p), task_spec.action_low, task_spec.action_high, lookahead=lookahead)
         self.tracker = {"pd": pd, "actions": DirectTracker()}[track]
         self.generator = torch.Generator().manual_seed(seed)
         self.reset(0)

@@ -244,12 +244,14 @@ class Diffuser(Algorithm):
         sampler: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
         correction: Correction | None = None,
+        arrivals: str | None = None,
     ) -> Plan:
         """Plans from observations (Do,) or (B, Do) to goals (Dg,) or (B, Dg), in the task's units.
 
         Returns a Plan of (samples, H, ...) or (B, samples, H, ...), best first: by the value network, or else by
         early arrival among the plans that the denoiser itself finds likely. Goals are needed where the data has them.
-        correction: changes the states while they are sampled and after, before the plans are judged.
+        correction: changes the states while they are sampled and after, before the plans are judged. arrivals: a key of
+        ARRIVALS in place of the config's.
         """
         observation = self._checked("observation", observation, self.spec.observation_dim)
         single = observation.ndim == 1
@@ -267,7 +269,7 @@ class Diffuser(Algorithm):
             full = np.concatenate([goal, observation[:, self.spec.goal_dim :]], axis=1)
             g = self.normalizer.normalize("observation", torch.as_tensor(full, dtype=torch.float32, device=device))
             g = g[:, : self.spec.goal_dim].repeat_interleave(samples, 0)
-            arrival = self._arrivals(o[::samples], g[::samples], samples).flatten()
+            arrival = self._arrivals(o[::samples], g[::samples], samples, arrivals).flatten()
         hook = None if correction is None else correction.during
         steering = self._steering(samples, generator)
         x = self.sample_plans(o, g, arrival, self.table(sampler), generator, hook, steering)
@@ -312,9 +314,10 @@ class Diffuser(Algorithm):
 
         return FeynmanKac(reward, samples, value=value, potential=potential, generator=generator)
 
-    def _arrivals(self, o: Tensor, g: Tensor, samples: int) -> Tensor:
+    def _arrivals(self, o: Tensor, g: Tensor, samples: int, kind: str | None = None) -> Tensor:
         """The tokens (B, samples) to arrive at: spread over the usual durations from o (B, Do) to g (B, Dg), or the last."""
-        if not self.arrivals.durations:
+        arrivals = self.arrivals if kind is None else ARRIVALS[kind]
+        if not (self.arrivals.durations and arrivals.durations):
             return torch.full((len(o), samples), self.H - 1, device=o.device)
         low, high = self.config["duration_quantiles"]
         q = torch.linspace(low, high, samples, device=o.device)
@@ -370,6 +373,7 @@ class Diffuser(Algorithm):
         samples: int | None = None,
         track: str | None = None,
         deviation: float | None = None,
+        arrivals: str | None = None,
         safety: str | None = None,
         margin: float | None = None,
         barriers: Sequence[Mapping[str, Any]] = (),
@@ -378,12 +382,14 @@ class Diffuser(Algorithm):
         """This planner for roll-outs and robots.
 
         replan_every: steps between plans, 0 to plan once; samples: plans to choose from; track: "pd" tracks the planned
-        states, "actions" carries out the planned actions; deviation: see PlanController. Defaults are the config's
-        `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers` (settings of
+        states, "actions" carries out the planned actions; deviation: see PlanController; arrivals: see `plan`. Defaults are
+        the config's `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers` (settings of
         `robots.barriers.build`) and from the hazards that a task observes; None plans past them.
         """
         control = overlaid(self.config["control"], replan_every=replan_every, samples=samples, track=track, deviation=deviation)
         settings = sampler or self.config["sampler"]
+        if arrivals is not None and arrivals not in ARRIVALS:
+            raise nearest("controller.arrivals", str(arrivals), ARRIVALS)
         if safety is not None:
             from planners.safe import SafeController, SafeDiffuser
 
@@ -392,7 +398,7 @@ class Diffuser(Algorithm):
             return SafeController(planner, task_spec, settings, barriers=built, seed=seed, **control)
         if margin is not None or barriers:
             raise UserError("controller.margin and controller.barriers need controller.safety=ros, res, tvs or correct")
-        return PlanController(self, task_spec, settings, seed=seed, **control)
+        return PlanController(self, task_spec, settings, seed=seed, options={"arrivals": arrivals}, **control)
 
     def _checked(self, what: str, value: Any, width: int) -> np.ndarray:
         array = np.asarray(value, dtype=np.float32)

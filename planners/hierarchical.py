@@ -27,6 +27,7 @@ from pilotwave.errors import UserError
 from planners.controller import PlanController, overlaid
 from planners.diffuser import Diffuser
 from planners.plan import Plan
+from planners.roadmap import Roadmap
 
 if TYPE_CHECKING:
     from offline.store import TrajectoryStore
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 @register
 class HierarchicalDiffuser(Algorithm):
     """Config (configs/planner/hierarchical.yaml): Diffuser's, for the high level, whose `stride` is `jump`, K; `points`,
-    the low level's tokens a jump; `windows`, the jumps of each window that it learns from; and `low`, its own settings.
+    the low level's tokens a jump; `windows`, the jumps of each window that it learns from; `low`, its own settings; and
+    `roadmap`, the nodes of a map of what demonstrations join, for goals farther away than any of them (`planners.roadmap`), or 0.
 
     As controllers see it, a planner of the low level's tokens: `H` of them, `stride` steps apart.
     """
@@ -53,6 +55,10 @@ class HierarchicalDiffuser(Algorithm):
         own = {"horizon": self.m + 1, "stride": self.K // self.m, "arrivals": "last", "value": None, "surprise_levels": []}
         self.low = Diffuser(whole, {**config, **config["low"], **own})
         self.H, self.stride = (self.high.H - 1) * self.m + 1, self.K // self.m
+        nodes = int(config["roadmap"])
+        if nodes and not spec.goal_dim:
+            raise UserError(f"planner.roadmap={nodes} needs a task with goals; take 0 for others")
+        self.roadmap = Roadmap(spec.goal_dim, self.high.H, nodes) if nodes else None
 
     @property
     def normalizer(self) -> Normalizer:
@@ -64,6 +70,9 @@ class HierarchicalDiffuser(Algorithm):
     def prepare(self, store: TrajectoryStore) -> None:
         self.high.prepare(store)
         self.low.prepare(store)
+        if self.roadmap is not None:
+            recorded = self.normalizer.normalize("observation", torch.as_tensor(store.columns["observation"]))
+            self.roadmap.place(recorded[:, : self.spec.goal_dim])
 
     def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
         windows = self.high.windows(store, device)
@@ -78,10 +87,14 @@ class HierarchicalDiffuser(Algorithm):
         device = batch["observation"].device
         begin = torch.randint(self.H - self.m, (b, n, 1), generator=generator, device=generator.device).to(device)
         rows = torch.arange(b, device=device)[:, None, None]
-        tokens = begin + torch.arange(self.m + 1, device=device)
-        jumps = {key: batch[key][rows, tokens].flatten(0, 1) for key in ("observation", "action")}
+        jump = begin + torch.arange(self.m + 1, device=device)
+        jumps = {key: batch[key][rows, jump].flatten(0, 1) for key in ("observation", "action")}
         low_loss, low_info = self.low.loss(jumps, generator)
-        return loss + low_loss, info | {"low_loss": low_info["loss"]}
+        info["low_loss"] = low_info["loss"]
+        if self.roadmap is not None:
+            reach_loss = self.roadmap.loss(batch["observation"][:, :: self.m, : self.spec.goal_dim], generator)
+            info["reach_loss"], loss = reach_loss.detach(), loss + reach_loss
+        return loss + low_loss, info
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -99,14 +112,36 @@ class HierarchicalDiffuser(Algorithm):
         generator: torch.Generator | None = None,
         filled: int | None = None,
         segments: int | None = None,
+        roadmap: bool = True,
     ) -> Plan:
         """As Diffuser.plan, (samples, H, ...) or (B, samples, H, ...), ranked by the high level.
 
         filled: how many of the best plans the low level fills in; segments: how many of their jumps; None for all.
         What is not filled in, and what follows the arrival, is interpolated between subgoals, with actions of 0.
+        roadmap: plan to the first place on the roadmap's way where the goal is too far; False plans to the goal itself.
         """
+        if self.roadmap is not None and roadmap and goal is not None:
+            goal = self.waypoint(observation, goal)
         coarse = self.high.plan(observation, goal, samples, sampler=sampler, generator=generator)
         return self.fill(coarse, filled, segments, generator)
+
+    @torch.no_grad()
+    def waypoint(self, observation: np.ndarray, goal: np.ndarray) -> np.ndarray:
+        """The place to go to next, (Dg,) or (B, Dg), on the way from observations to goals by the roadmap."""
+        assert self.roadmap is not None
+        d, device = self.spec.goal_dim, next(self.parameters()).device
+        states = np.array(np.broadcast_to(observation, (*np.shape(observation)[:-1], self.spec.observation_dim)), np.float32)
+        ends = states.copy()
+        ends[..., :d] = goal
+        here, there = (
+            self.normalizer.normalize("observation", torch.as_tensor(np.atleast_2d(part), device=device))[:, :d]
+            for part in (states, ends)
+        )
+        full = torch.as_tensor(np.atleast_2d(ends), device=device)
+        node = self.roadmap.next_node(here, there)
+        places = torch.cat([self.roadmap.nodes[node.clamp_min(0)], torch.zeros_like(full[:, d:])], 1)
+        places = torch.where((node < 0)[:, None], full, self.normalizer.denormalize("observation", places))[:, :d]
+        return places.cpu().numpy().reshape(*states.shape[:-1], d)
 
     def fill(
         self, coarse: Plan, filled: int | None = None, segments: int | None = None, generator: torch.Generator | None = None
@@ -154,13 +189,13 @@ class HierarchicalDiffuser(Algorithm):
         track: str | None = None,
         deviation: float | None = None,
         segments: int | None = None,
+        roadmap: bool = True,
         seed: int = 0,
     ) -> PlanController:
-        """This planner for roll-outs and robots; see Diffuser's. segments: jumps that are filled in, None for all."""
-        control = overlaid(
-            self.config["control"], replan_every=replan_every, samples=samples, track=track, deviation=deviation
-        )
-        settings, options = sampler or self.config["sampler"], {"filled": 1, "segments": segments}
+        """This planner for roll-outs and robots; see Diffuser's. segments: jumps that are filled in, None for all;
+        roadmap: see `plan`."""
+        control = overlaid(self.config["control"], replan_every=replan_every, samples=samples, track=track, deviation=deviation)
+        settings, options = sampler or self.config["sampler"], {"filled": 1, "segments": segments, "roadmap": roadmap}
         controller = PlanController(self, task_spec, settings, seed=seed, options=options, **control)
         controller.evaluations += self.low.table().evaluations
         return controller
