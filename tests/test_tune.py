@@ -15,7 +15,7 @@ import offline
 import planners
 import robots
 from offline.checkpoint import read_card, write_atomic
-from offline.tables import packed_table
+from offline.tables import load_table, packed_table
 from pilotwave.cli import main
 from pilotwave.config import compose
 from pilotwave.errors import UserError
@@ -108,3 +108,13 @@ def test_weights_that_were_not_loaded_have_no_tables(run):
     fresh = planners.Diffuser(loaded.spec, loaded.config)
     with pytest.raises(UserError, match="beside saved weights"):
         fresh.table({"name": "tuned", "steps": 2})
+
+
+SHIPPED = sorted((Path(__file__).resolve().parent.parent / "checkpoints").glob("*/tuned_*.safetensors"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_the_shipped_tables_belong_to_the_weights_beside_them(file):
+    evaluations = int(file.stem.partition("_")[2])
+    table = load_table(file.parent, read_card(file.parent)["sha256"], evaluations)
+    assert (table.evaluations, table.stochastic) == (evaluations, False)

@@ -57,7 +57,7 @@ def run(overrides: Sequence[str]) -> None:
     print(f"use it: pilotwave rollout {folder} sampler=tuned sampler.steps={cfg.evaluations}")
 
 
-SETTINGS = ["evaluations", "episodes", "seed", "samples", "generations", "stages", "iterations"]
+SETTINGS = ["evaluations", "episodes", "seed", "samples", "generations", "stages", "iterations", "controller"]
 
 
 def calls_of(learned: Any, task: Any, cfg: DictConfig, part: int) -> list[Call]:
@@ -73,4 +73,4 @@ def calls_of(learned: Any, task: Any, cfg: DictConfig, part: int) -> list[Call]:
     return calls[::every]
 
 
-BATCH = 4  # episodes side by side: many small calls, so that a share of them is spread over situations
+BATCH = 8  # episodes side by side: calls of few samples, so that a share of the calls spreads over situations
