@@ -92,7 +92,7 @@ def test_matrices_that_make_no_sense_are_refused():
         (lambda: pyramid([1.0], 3), "levels of a token"),
         (lambda: streaming(12, 6, 4), "chunks that divide its horizon"),
         (lambda: streaming(10, 6, 2), "as many steps or a multiple"),
-        (lambda: solver("ddim", VP, pyramid([0.5, 1.0], 3)), "falling; got a matrix"),
+        (lambda: solver("ddim", VP, pyramid([0.5, 1.0], 3)), "falling; got a tensor"),
         (lambda: solver("ddim", VP, torch.ones(5, 3)), "a matrix of levels must be"),
         (lambda: solver("restart", VP, pyramid(5, 3)), OTHERS["restart"]),
         (lambda: solver("deis_2", SCHEDULES["flow"], pyramid(5, 3)), "not defined at t = 1 of 'flow'"),

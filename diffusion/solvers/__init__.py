@@ -116,7 +116,7 @@ def _levels(steps: int | Sequence[float] | Tensor, schedule: NoiseSchedule, spac
         levels = torch.empty(0)
     inside = bool(((levels >= 0) & (levels <= 1)).all())
     if levels.ndim == 0 or len(levels) < 2 or not inside or bool((levels[1:] > levels[:-1]).any()):
-        got = f"a matrix {tuple(levels.shape)}" if levels.ndim > 1 else steps
+        got = f"a tensor {tuple(steps.shape)}" if isinstance(steps, Tensor) else steps
         raise UserError(f"sampler steps must be a whole number, or at least two levels in [0, 1], falling; got {got}")
     if levels.ndim not in (1, 4):
         raise UserError(f"a matrix of levels must be (steps + 1, 1, horizon, 1 or groups); got {tuple(levels.shape)}")
