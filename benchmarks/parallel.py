@@ -1,6 +1,6 @@
 """Parallel Picard iterations (ParaDiGMS) beside the sequential executor: rounds, time and difference, for DDPM and DDIM.
 
-    python benchmarks/parallel.py [--steps 100] [--samples 8] [--repeats 3] [--json out.json] [RUN]
+    python benchmarks/parallel.py [--steps 100] [--samples 4] [--repeats 3] [--json out.json] [RUN]
 
 One sample at a time on one thread: of a mixture of Gaussians with its exact denoiser (32 tokens of 6 numbers, vp_linear), and of
 the network of RUN, a policy's checkpoint (checkpoints/pusht-diffusion-policy), asked at its task's first observations. Both
@@ -121,19 +121,32 @@ def compare(schedule: NoiseSchedule, cases: list[Case], table: Tableau, repeats:
     return rows
 
 
+def call_cost(case: Case, repeats: int) -> dict[str, float]:
+    """Processor milliseconds of one call of the network with as many rows."""
+    denoise, x_T = case
+    cost = {}
+    for rows in (1, *WINDOWS):
+        x, t = x_T.expand(rows, -1, -1), torch.full((rows, 1, 1), 0.5)
+        cost[str(rows)] = timed(lambda x=x, t=t: [denoise(x, t) for _ in range(20)][-1], repeats)[2] / 20
+    return cost
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", default="checkpoints/pusht-diffusion-policy")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, dict[str, list[dict[str, float | str]]]] = {}
+    cost: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
         for name, (schedule, cases) in (("mixture", mixture(args.samples)), (args.run, policy(args.run, args.samples))):
             drawn, result[name] = list(cases), {}
+            cost[name] = call_cost(drawn[0], args.repeats)
+            print(f"\n{name}: cpu ms of a call with rows", {rows: round(ms, 2) for rows, ms in cost[name].items()})
             for sampler in SAMPLERS:
                 result[name][sampler] = rows = compare(schedule, drawn, solver(sampler, schedule, args.steps), args.repeats)
                 print(f"\n{name}, {sampler}, {args.steps} steps; faster: in processor time")
@@ -144,7 +157,9 @@ def main() -> None:
                         f"{row['ms']:8.1f} {row['cpu_ms']:8.1f} {row.get('times_less_cpu', 1.0):8.2f}"
                     )
     if args.json:
-        Path(args.json).write_text(json.dumps({**vars(args), "seed": SEED, "results": result}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({**vars(args), "seed": SEED, "call_cpu_ms": cost, "results": result}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
