@@ -2,7 +2,7 @@
 
     d <- d + scale (sigma_t^2 / alpha_t) grad_x log p(y | x_t)
 
-At scale 1 it is exact: d becomes E[x_0 | x_t, y]. So it is with the intermediate energy (Lu et al. 2023, eq. 6)
+At scale 1 it is exact: d becomes E[x_0 | x_t, y]. So it is with the intermediate energy (Lu et al. 2023)
 log E[exp r(x_0) | x_t] for log p(y | x_t), which gives p(x_0) exp r(x_0). Any other scale, or a network that was trained on clean
 data alone, is an approximation.
 """

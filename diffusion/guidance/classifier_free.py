@@ -3,7 +3,7 @@
     d = d_u + w (d_c - d_u)                                        w = scale: 1 is the conditional model, 0 the other
     d <- (phi std(d_c) / std(d) + 1 - phi) d                       rescale phi (Lin et al. 2023, eqs. 15 and 16), std of each sample
 
-Guidance in a limited interval (Kynkaanniemi et al. 2024, eq. 5) has w at levels low < t <= high and 1 elsewhere. With w = 1 samples
+Guidance in a limited interval (Kynkaanniemi et al. 2024) has w at levels low < t <= high and 1 elsewhere. With w = 1 samples
 follow p(x | c). With another p(x) p(c | x)^w is what is meant, but reached only where p(x) and p(x | c) are Gaussians of one
 covariance.
 """

@@ -57,7 +57,7 @@ class Settings:
             raise UserError("training-free guidance wants rho, mu, gamma >= 0 and iterations, draws, recur >= 1")
 
 
-# Each method's place (Ye et al. 2024, table 1). What a method has of rho and mu together weighs f once; `search` finds better.
+# Each method's place (Ye et al. 2024). What a method has of rho and mu together weighs f once; `search` finds better.
 METHODS: dict[str, Settings] = {
     "dps": Settings(rho=1.0),  # Chung et al. 2023
     "lgd": Settings(rho=1.0, gamma=1.0),  # Song et al. 2023
@@ -133,7 +133,7 @@ def search(
     rounds: int = 6,
     factor: float = 2.0,
 ) -> list[tuple[float, Settings]]:
-    """The best settings found and their scores (higher is better), best first: the beam search of Ye et al. 2024, section 4.3.
+    """The best settings found and their scores (higher is better), best first: the beam search of Ye et al. 2024.
 
     Each round multiplies one of `over` by `factor` in every setting of the beam, scores what is new, and keeps the `beam` best of
     all; it ends when nothing better is found. A strength that starts at 0 stays there, so a search from METHODS["dps"] tunes DPS.
