@@ -121,7 +121,7 @@ def falls(draw: st.DrawFn) -> Tensor:
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(levels=falls(), where=st.sampled_from(sorted(SCHEDULES)))
 def test_every_token_is_the_run_of_its_own_levels(name, levels, where):
     if name in KEEP_VARIANCE and where in ("edm", "flow"):
@@ -136,7 +136,7 @@ def test_every_token_is_the_run_of_its_own_levels(name, levels, where):
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
-@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("matrix", ["pyramid", "autoregressive", "stream"])
 def test_every_token_is_the_run_of_the_levels_it_falls_along(name, matrix):
     """As if it had not waited, whatever the method remembers; pinned tokens keep every bit."""
     levels, options, pinned = MATRICES[matrix](0.98 * spaced(VP, 8), 4), DETERMINISTIC[name], torch.tensor([[1.0], [1], [0], [1]])

@@ -260,7 +260,7 @@ def calm(exact: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("name", calm(exact=True))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data(), t=falling())
 def test_constant_predictions_keep_the_marginal(name, data, t):
     """For d = c, x_s = alpha_s c + sigma_s e goes to alpha_t c + sigma_t e, whatever e: the method is consistent."""
@@ -295,7 +295,7 @@ LINEAR = [(name, i) for name, promise in PROMISES.items() for i in range(len(pro
 
 
 @pytest.mark.parametrize(("name", "i"), LINEAR)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data(), t=falling(last=False))
 def test_linear_predictions(name, i, data, t):
     """States are those of the promise after every step, the first ones included; with noise, their means are."""
@@ -324,7 +324,7 @@ def test_linear_predictions(name, i, data, t):
         torch.testing.assert_close(x, there, rtol=0, atol=1e-12 * scale)
 
 
-NODES, MASSES = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(40))
+NODES, MASSES = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(64))
 # name -> options, what is interpolated, how many rows until all of the method is in use
 INTERPOLATED = {
     "deis_3": ({}, "noise", 2),
@@ -335,7 +335,7 @@ INTERPOLATED = {
 
 
 @pytest.mark.parametrize("name", INTERPOLATED)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(schedule=schedules, t=falling(last=False))
 def test_adams_methods_integrate_parabolas_exactly(name, schedule, t):
     """sum_j U_j (lambda_j - lambda_s)^k is the integral of the method's exponential times that power, by Gauss's quadrature."""
@@ -354,7 +354,7 @@ def test_adams_methods_integrate_parabolas_exactly(name, schedule, t):
             assert abs(terms.sum() - exact) <= 1e-12 * (1 + terms.abs().sum())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(schedule=st.one_of(*SMOOTH), t=falling(last=False), b=st.floats(-3, 3))
 def test_conjugate_integrates_constant_slopes_of_its_own_ode(schedule, t, b):
     """x_hat_t = e^(b h) ((1 - b h) x_hat_s + o int_s^t e^(b (u - s)) w'(u) du) for the slope o, w' by differentiation."""
@@ -376,7 +376,7 @@ NOISY = [(name, options, kept) for name, promise in PROMISES.items() for options
 
 
 @pytest.mark.parametrize(("name", "options", "kept"), NOISY)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(schedule=schedules, t=falling())
 def test_stochastic_tables_keep_the_marginal(name, options, kept, schedule, t):
     """For d = c, N(alpha_s c, sigma_s^2) goes to N(alpha_t c, sigma_t^2); "mean": a variance of its own."""
@@ -397,7 +397,7 @@ def test_stochastic_tables_keep_the_marginal(name, options, kept, schedule, t):
         assert variance >= at(schedule, t)[-1].s ** 2 - 1e-12
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(schedule=keep_variance, t=falling(last=False))
 def test_accelerated_ddpm_is_exact_for_a_constant_score(schedule, t):
     """alpha S = g: x / alpha moves by (Q_s - Q_t) g and gains the variance Q_s - Q_t, Q = 1 / alpha^2: the reverse SDE's."""

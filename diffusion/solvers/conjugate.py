@@ -25,7 +25,7 @@ from diffusion.solvers._coefficients import at, hold, still
 from diffusion.tableau import Row
 from pilotwave.errors import UserError
 
-_NODES, _MASSES = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(32))
+_NODES, _MASSES = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(64))
 
 
 def conjugate(schedule: NoiseSchedule, levels: Tensor, b: float = -0.5) -> list[Row]:
