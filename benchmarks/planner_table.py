@@ -1,9 +1,9 @@
 """Every shipped planner on every task that it has a checkpoint for: the table of docs/planners/comparison.md.
 
-    python benchmarks/planners.py                                             # all of them: 200 episodes, seed 0
-    python benchmarks/planners.py giant veteran                               # those whose name holds one of the words
-    python benchmarks/planners.py giant --episodes 50 --seed 20000 --out /tmp/tuning.json
-    python benchmarks/planners.py --replanning                                # how often to plan anew, medium maze
+    python benchmarks/planner_table.py                                        # all of them: 200 episodes, seed 0
+    python benchmarks/planner_table.py giant veteran                          # those whose name holds one of the words
+    python benchmarks/planner_table.py giant --episodes 50 --seed 20000 --out /tmp/tuning.json
+    python benchmarks/planner_table.py --replanning                           # how often to plan anew, medium maze
 
 Each row is one `pilotwave rollout`, whose command is written beside its figures. --replanning gives the second table: new
 plans at every 1st, 4th, 16th and 64th step and once, in 20 episodes a row, for the shipped Diffuser (which learns when to
