@@ -157,9 +157,8 @@ def main() -> None:
                         f"{row['ms']:8.1f} {row['cpu_ms']:8.1f} {row.get('times_less_cpu', 1.0):8.2f}"
                     )
     if args.json:
-        Path(args.json).write_text(
-            json.dumps({**vars(args), "seed": SEED, "call_cpu_ms": cost, "results": result}, indent=1) + "\n"
-        )
+        settings = {"steps": args.steps, "samples": args.samples, "repeats": args.repeats}
+        Path(args.json).write_text(json.dumps({**settings, "seed": SEED, "call_cpu_ms": cost, "results": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
