@@ -56,6 +56,14 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
+VARIANCES = ("fixed", "learned")
+_CHAIN, _HYBRID = 1000, 1e-3  # DDPM's steps, and the bound's weight beside the squared error (Nichol and Dhariwal 2021, eq. 16)
+
+
+def _fraction(raw: Tensor) -> Tensor:
+    return (raw + 1) / 2
+
+
 def broadcast_levels(t: Tensor, x: Tensor, layout: Layout | None) -> Tensor:
     """Levels as given, (), (B,), (B, H) or (B, H, groups or features), made to broadcast against x (B, H, features)."""
     if t.ndim == x.ndim and layout is not None and t.shape[-1] == len(layout.groups) != x.shape[-1]:
@@ -73,16 +81,23 @@ class Denoiser(nn.Module):
     In the loss, a sequence with one level has few distinct tokens of levels: clean or noisy, group by group. A network
     whose `shares_levels` is true is called as `network(x, t, condition, pattern)` with t (B, U, G), U = 1 or 2^G, and
     pattern (B, H, U), the row of t that each token has (one-hot; None: U = 1). The same function, less work.
+
+    With variance "learned" the network has 2 F outputs, the latter half 2 v - 1 for the fraction v in [0, 1] that DDPM's
+    variance takes of the way from the smaller to the larger, in logarithms (Nichol and Dhariwal 2021, eq. 15).
     """
 
     share_levels = True
 
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule, layout: Layout, prediction: str = "data") -> None:
+    def __init__(
+        self, network: nn.Module, schedule: NoiseSchedule, layout: Layout, prediction: str = "data", variance: str = "fixed"
+    ) -> None:
         super().__init__()
+        if variance not in VARIANCES:
+            raise nearest("variance", variance, VARIANCES)
         if prediction not in PREDICTIONS:
             raise nearest("prediction", prediction, PREDICTIONS)
         self.network, self.schedule, self.layout = network, schedule, layout
-        self.prediction = PREDICTIONS[prediction]
+        self.prediction, self.learned = PREDICTIONS[prediction], variance == "learned"
         end = torch.ones((), dtype=torch.float64, device="cpu")
         if not self.prediction.data_error(schedule.alpha(end), schedule.sigma(end)).isfinite():
             raise UserError(
@@ -92,7 +107,15 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         a, s = self._alpha_sigma(x, t)
-        return self.prediction.data(x, self.output(x, t, a, s, condition), a, s)
+        return self.prediction.data(x, self.output(x, t, a, s, condition)[..., : x.shape[-1]], a, s)
+
+    def with_variance(self, x: Tensor, t: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        """D(x_t, t) and v, both (B, H, F), for `solver("ddpm", ..., variance="learned")`."""
+        if not self.learned:
+            raise UserError("this network has learned no variance; train it with variance=learned, or sample with variance=small")
+        a, s = self._alpha_sigma(x, t)
+        out, raw = self.output(x, t, a, s, condition).chunk(2, -1)
+        return self.prediction.data(x, out, a, s), _fraction(raw)
 
     def output(self, x: Tensor, t: Tensor, a: Tensor, s: Tensor, condition: Any) -> Tensor:
         """The network's own output, in float32, for x at levels t with a = alpha, s = sigma broadcast to x."""
@@ -133,8 +156,12 @@ class Denoiser(nn.Module):
         gamma: float = 5.0,
         weight: Tensor | None = None,
         t_min: float = 1e-3,
+        perturbation: float = 0.0,
     ) -> Tensor:
         """Mean squared error of the output against its target over the noisy tokens, a scalar.
+
+        perturbation: gamma of input perturbation (Ning et al. 2023, algorithm 1): the network sees noise eps + gamma xi and must
+        find eps, as it must in sampling, where its own errors came before. A learned variance adds 0.001 L_vlb (`_bound`).
 
         x_0 (B, H, F) normalized data; levels (B,), (B, H) or (B, H, groups), uniform and stratified over the batch when
         not given; clean (H, groups) or (B, H, groups) bool marks what is known (level 0, no loss); weight (H, F) or
@@ -153,15 +180,42 @@ class Denoiser(nn.Module):
             t = torch.where(clean, torch.zeros_like(t), t)
         eps = torch.randn(x_0.shape, device=x_0.device, dtype=x_0.dtype, generator=generator)
         a, s = self._alpha_sigma(x_0, t)
-        x_t, shared = a * x_0 + s * eps, self._shared(levels, clean, x_0)
+        seen = eps
+        if perturbation:
+            seen = eps + perturbation * torch.randn(x_0.shape, device=x_0.device, dtype=x_0.dtype, generator=generator)
+        x_t, shared = a * x_0 + s * seen, self._shared(levels, clean, x_0)
         if shared is None:
             out = self.output(x_t, t, a, s, condition)
         else:
             out = self.network(x_t * torch.rsqrt(a**2 + s**2), shared[0], condition, shared[1]).to(x_t.dtype)
+        raw = out[..., x_0.shape[-1] :]
+        out = out[..., : x_0.shape[-1]]
         error = (out - self.prediction.target(x_0, eps, a, s)) ** 2
         w = WEIGHTINGS[weighting]((a / s.clamp_min(1e-4)) ** 2, self.prediction.data_error(a, s), gamma)
         if clean is not None:
             w = w * self.layout.levels((~clean).to(x_0.dtype))
         w = w.expand_as(error) if weight is None else (w * weight).expand_as(error)
         noisy = (w > 0).sum().clamp_min(1)
-        return (w * error).sum() / noisy
+        loss = (w * error).sum() / noisy
+        if self.learned:
+            d = self.prediction.data(x_t, out, a, s).detach()
+            bound = self._bound((d - x_0) ** 2, _fraction(raw), broadcast_levels(t.to(x_0.dtype), x_0, self.layout))
+            loss = loss + _HYBRID * (torch.where(w > 0, bound, torch.zeros_like(bound)).sum() / noisy)
+        return loss
+
+    def _bound(self, error: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """L_vlb in nats for _CHAIN steps, at every number (B, H, F), from |d - x_0|^2, the fraction v and levels t.
+
+        KL(q(x_r | x_t, x_0) | p(x_r | x_t)) for r one step below t: Gaussians of variances small and exp(v log large + (1 - v)
+        log small), whose means differ by (alpha_r beta / sigma_t^2) (x_0 - d). 0 in the last step, which adds no noise.
+        """
+        r = (t - 1 / _CHAIN).clamp_min(1 / _CHAIN)
+        (a, a_r), (s, s_r) = ([f(u.double()) for u in (t, r)] for f in (self.schedule.alpha, self.schedule.sigma))
+        beta = s**2 - (a / a_r * s_r) ** 2
+        inside = (t > r) & (beta > 0)
+        beta, ratio = torch.where(inside, beta, torch.ones_like(beta)), torch.where(inside, s_r / s, torch.ones_like(s))
+        small = beta * ratio**2
+        rise = (-2 * torch.log(ratio)).to(v.dtype) * v  # log of the variance over small
+        apart = ((a_r * beta / s**2) ** 2 / small).to(v.dtype) * error
+        divergence = 0.5 * (rise + torch.expm1(-rise) + torch.exp(-rise) * apart)
+        return _CHAIN * torch.where(inside, divergence, torch.zeros_like(divergence))

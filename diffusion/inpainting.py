@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.denoiser import Denoiser
-from diffusion.tableau import Constrain, Guide, Tableau, sample
+from diffusion.tableau import Constrain, Guide, Select, Tableau, sample
 
 
 def inpaint(
@@ -21,22 +21,26 @@ def inpaint(
     condition: Any = None,
     guide: Guide | None = None,
     constrain: Constrain | None = None,
+    select: Select | None = None,
 ) -> Tensor:
     """Samples (B, H, F) that hold `known` (B, H, F) where `clean` (B, H, groups) is true; the rest is denoised given it.
 
-    guide, constrain: as in `sample`; what is known stays as it is under both.
+    guide, constrain, select: as in `sample`; what is known stays as it is, and must be the same where select may put one member of
+    the batch in another's place.
     """
     mask, noisy = denoiser.layout.levels(clean), (~clean).to(known.dtype)
     source = known.device if generator is None else generator.device
     noise = torch.randn(known.shape, generator=generator, device=source).to(known.device)
     x_T = torch.where(mask, known, noise * denoiser.schedule.sigma(torch.ones((), device=known.device)))
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    call = denoiser.with_variance if table.learned else denoiser
+
+    def denoise(x: Tensor, t: Tensor) -> Any:
         # stages of a Runge-Kutta step are not pinned by `constrain`
-        return denoiser(torch.where(mask, known, x), t * noisy, condition)
+        return call(torch.where(mask, known, x), t * noisy, condition)
 
     def pin(x: Tensor, t: Tensor) -> Tensor:
         x = torch.where(mask, known, x)
         return x if constrain is None else torch.where(mask, known, constrain(x, t))
 
-    return sample(denoise, table, x_T, generator, guide=guide, constrain=pin)
+    return sample(denoise, table, x_T, generator, guide=guide, constrain=pin, select=select)

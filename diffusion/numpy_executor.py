@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
 
 from diffusion.tableau import Coefficient, Row, Tableau
 from pilotwave.errors import UserError
@@ -21,7 +22,8 @@ Array = NDArray[np.floating]
 class _Step(NamedTuple):
     t: Array
     at: Array | None  # weights of the point to evaluate at; None: the state
-    place: int  # of the prediction; 0: nothing is evaluated
+    place: int  # of what is kept; 0: nothing
+    evaluate: bool
     keep: tuple[float, float] | None  # of the point and the prediction, in what is kept
     update: Array | None  # weights of the new state; None: it stays
     noise: tuple[bool, bool]  # drawn before the evaluation, before the update
@@ -36,10 +38,16 @@ class NumpySampler:
 
     def __init__(self, table: Tableau, shape: Sequence[int], dtype: DTypeLike = np.float32) -> None:
         self.shape, self.dtype, self.table = tuple(shape), np.dtype(dtype), table
+        if table.learned:
+            raise UserError("the NumPy sampler knows no learned variance; use diffusion.sample, or variance=small")
+        if table.correct is not None:
+            raise UserError("the NumPy sampler calls denoisers as they are; use diffusion.sample for a correction")
+        if any(isinstance(row.U_1, Tensor) or row.U_1 != 0 for row in table.rows):
+            raise UserError("the NumPy sampler adds no constants; use diffusion.sample, or dpm_v3 without statistics")
         self.places = table.memory + 1
         self.steps, newest = [], 0
         for row in table.rows:
-            newest += row.evaluate
+            newest += row.evaluate or row.P is not None
             self.steps.append(self._step(row, newest))
 
     def _step(self, row: Row, newest: int) -> _Step:
@@ -52,8 +60,8 @@ class NumpySampler:
                 w[place] = _number(c)
             return w
 
-        # where a row evaluates, places[0] takes its prediction, and what came before follows
-        at = weights(*row.P, skip=1) if row.evaluate and row.P is not None else None
+        # where a row keeps something, places[0] takes it, and what came before follows
+        at = weights(*row.P, skip=1) if row.P is not None else None
         history = (row.U_d, *row.U) if row.evaluate else row.U
         update = weights(row.U_x, history, row.U_z) if row.updates else None
         keep = None if row.K is None else (_number(row.K[0]), _number(row.K[1]))
@@ -61,19 +69,19 @@ class NumpySampler:
         if row.t.numel() != 1:
             raise _by_token()
         t = row.t.reshape(()).numpy().astype(self.dtype)
-        return _Step(t, at, places[0] if row.evaluate else 0, keep, update, noise)
+        return _Step(t, at, places[0] if row.evaluate or at is not None else 0, row.evaluate, keep, update, noise)
 
     def __call__(self, denoise: Callable[[Array, Array], Array], x_T: Array, rng: np.random.Generator | None = None) -> Array:
         rng = np.random.default_rng() if rng is None else rng
         shape, rows = self.shape, np.zeros((self.places + 2, int(np.prod(self.shape))), self.dtype)
         rows[0] = x_T.reshape(-1)
         x, z = rows[0].reshape(shape), rows[-1]
-        for t, at, place, keep, update, noise in self.steps:
+        for t, at, place, evaluate, keep, update, noise in self.steps:
             if place:
                 if noise[0]:
                     rng.standard_normal(out=z, dtype=z.dtype)
                 y = x if at is None else (at @ rows).reshape(shape)
-                d = denoise(y, t)
+                d = denoise(y, t) if evaluate else y
                 rows[place] = (d if keep is None else keep[0] * y + keep[1] * d).reshape(-1)
             if update is not None:
                 if noise[1]:

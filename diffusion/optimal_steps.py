@@ -14,25 +14,32 @@ from torch import Tensor
 
 from diffusion.schedule import NoiseSchedule
 from diffusion.solvers import solver
-from diffusion.tableau import Denoise, sample
+from diffusion.tableau import Constrain, Denoise, sample
 from pilotwave.errors import UserError
 
 
 @torch.no_grad()
 def optimal_steps(
-    denoise: Denoise, schedule: NoiseSchedule, x_T: Tensor, steps: int, teacher: int = 50, spacing: str = "uniform"
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    steps: int,
+    teacher: int = 50,
+    spacing: str = "uniform",
+    constrain: Constrain | None = None,
 ) -> list[float]:
     """Levels (steps + 1) from 1 to 0, for `solver(name, schedule, levels)`, fitted to the trajectories that start at x_T.
 
-    The grid has `teacher` steps with the given spacing. Errors: `UserError` for more steps than the grid has.
+    The grid has `teacher` steps with the given spacing; `constrain` is as in `sample`. Errors: `UserError` for more steps
+    than the grid has.
     """
     if not 1 <= steps <= teacher:
         raise UserError(f"optimal_steps wants from 1 to {teacher} steps, those of its teacher; got {steps}")
     table, path = solver("ddim", schedule, teacher, spacing=spacing), [x_T]
 
     def record(x: Tensor, t: Tensor) -> Tensor:
-        path.append(x)
-        return x
+        path.append(x if constrain is None else constrain(x, t))
+        return path[-1]
 
     sample(denoise, table, x_T, constrain=record)
     levels = torch.stack([table.rows[0].t, *(row.t_next for row in table.rows)])
@@ -52,6 +59,7 @@ def optimal_steps(
                     continue
                 kept = sigma[i] / sigma[j]
                 there = kept * z + (alpha[i] - kept * alpha[j]) * clean[j]
+                there = there if constrain is None else constrain(there, t[i])
                 error = float((there - path[i]).square().sum())
                 if error < nearest:
                     nearest, reached[i], parent[i] = error, there, j

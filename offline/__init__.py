@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from offline.normalizer import Normalizer
     from offline.retiming import retime
     from offline.store import TrajectoryStore
+    from offline.tables import sampler_table
     from offline.trainer import Interrupted, TrainConfig, train
     from offline.windows import Windows
 
@@ -36,6 +37,7 @@ _HOME = {  # public name -> module it lives in
     "read": "formats",
     "register": "algorithm",
     "retime": "retiming",
+    "sampler_table": "tables",
     "save_run": "checkpoint",
     "train": "trainer",
     "update_card": "checkpoint",
@@ -59,6 +61,7 @@ __all__ = [
     "read",
     "register",
     "retime",
+    "sampler_table",
     "save_run",
     "train",
     "update_card",

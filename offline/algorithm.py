@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from diffusion import Denoiser
 from pilotwave.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class Algorithm(nn.Module, ABC):
 
     kind: ClassVar[str]
     name: ClassVar[str]
+    denoiser: Denoiser  # of those that sample by one
+    origin: tuple[Path, str] | None = None  # the folder that it was loaded from, the sha256 of its weights
 
     def __init__(self, spec: DataSpec, config: Mapping[str, Any]) -> None:
         super().__init__()

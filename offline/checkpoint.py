@@ -3,6 +3,7 @@
     config.yaml          kind, name, algorithm, spec, train, task, data
     model.safetensors    `weights.<key>` and `ema.<key>`: the module's state dict, and the same with averaged parameters
     card.json, card.md   what it is: data, command, scores, commit, sha256 of model.safetensors
+    tuned_N.safetensors  a sampler's table of N evaluations, found for these weights (see offline/tables.py)
     train_state/         state.json names one step_*.safetensors with everything that exact resumption needs
 
 A file is written beside its place, synced and renamed, so that a reader (or a kill at any moment) sees the old or the
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from offline.algorithm import Algorithm, DataSpec, algorithms
+from offline.tables import TUNED, for_other_weights
 from pilotwave.errors import UserError, nearest
 
 MODEL, CONFIG, CARD, STATE = "model.safetensors", "config.yaml", "card.json", "train_state"
@@ -250,8 +252,7 @@ def load_run(
     config = read_config(folder)
     if kind is not None and config["kind"] != kind:
         raise UserError(
-            f"{path} is a {config['kind']} ('{config['name']}'), not a {kind}; "
-            f"load it with {_package(config['kind'])}.load"
+            f"{path} is a {config['kind']} ('{config['name']}'), not a {kind}; load it with {_package(config['kind'])}.load"
         )
     spec = DataSpec.from_dict(config["spec"])
     if task is not None and spec.task != task:
@@ -264,7 +265,8 @@ def load_run(
         raise UserError(f"{path} lacks {MODEL}; the run was stopped before its first checkpoint: run its command again")
     content = _read(model)
     card = read_card(folder)
-    if hashlib.sha256(content).hexdigest() not in (card.get("sha256"), card.get("sha256_previous")):
+    digest = hashlib.sha256(content).hexdigest()
+    if digest not in (card.get("sha256"), card.get("sha256_previous")):
         raise UserError(f"{model} does not match the sha256 in {CARD}: it was changed or damaged; copy it again")
     tensors = _tensors(model, content)
     wanted = "ema." if ema else "weights."
@@ -274,6 +276,9 @@ def load_run(
         raise UserError(f"{model} holds no '{wanted}' entries: only the averaged weights were kept; load with ema=True")
     algorithm = known[config["name"]](spec, config["algorithm"])
     _load_strictly(algorithm, state, str(model))
+    for part in algorithm.modules():  # a planner may hold others
+        if isinstance(part, Algorithm):
+            part.origin = folder, digest
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return algorithm.to(device).eval()
@@ -297,9 +302,7 @@ def _load_strictly(algorithm: Algorithm, state: Mapping[str, Tensor], source: st
     algorithm.load_state_dict(dict(state))  # copies into the module's own types: stored half becomes float32
 
 
-def export_checkpoint(
-    run: str | Path, out: str | Path, *, ema_only: bool = True, dtype: str = "float16", **card: Any
-) -> Path:
+def export_checkpoint(run: str | Path, out: str | Path, *, ema_only: bool = True, dtype: str = "float16", **card: Any) -> Path:
     """Write the small form of a run that is shipped: averaged weights, config.yaml and card, no optimizer state.
 
     Parameters are stored as `dtype` ("float32", "float16", "bfloat16") and come back as float32; buffers (the
@@ -323,6 +326,8 @@ def export_checkpoint(
     write_atomic(folder / CONFIG, _read(Path(run) / CONFIG))
     entries = {key: value for key, value in read_card(run).items() if not key.startswith("sha256")}
     _write_model(folder, kept, {**entries, **card, "stored_as": dtype})
+    for file in Path(run).glob(f"{TUNED}_*.safetensors"):
+        write_atomic(folder / file.name, for_other_weights(_read(file), read_card(folder)["sha256"]))
     return folder
 
 

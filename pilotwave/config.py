@@ -26,7 +26,7 @@ Extra = Callable[[str], Mapping[str, Mapping[str, Any]]]
 # Whole numbers that make no sense below these, wherever they stand in a configuration.
 LEAST = {
     "steps": 1, "horizon": 1, "batch": 1, "episodes": 1, "samples": 1, "num_envs": 1, "width": 1, "depth": 1, "seed": 0,
-    "held_out": 0, "replan_every": 0, "lead": 0, "history": 1,
+    "held_out": 0, "replan_every": 0, "lead": 0, "history": 1, "evaluations": 1,
 }  # fmt: skip
 
 # Keys whose value is taken as it stands, so that a path needs no quotes against Hydra's grammar.

@@ -120,3 +120,17 @@ def provenance() -> dict[str, str]:
     except (OSError, subprocess.TimeoutExpired):
         return {"version": __version__}
     return {"version": __version__, **({"commit": done.stdout.strip()} if done.returncode == 0 else {})}
+
+
+def guard(cfg: DictConfig, task: Any) -> Any:
+    """The filter of actions that `filter:` asks for, or None."""
+    settings = plain(cfg.filter)
+    if not settings.pop("active"):
+        return None
+    from robots.barriers import build
+    from robots.safety_filter import SafetyFilter
+
+    model = task.linear_model()
+    if model is None:
+        raise UserError(f"no linear model of {task.spec.name} is known, which filter.active=true needs; leave it out")
+    return SafetyFilter(model, [build(each) for each in settings.pop("barriers")], **settings)

@@ -5,9 +5,11 @@ from typing import Any
 
 from offline import load_run
 from planners.diffuser import Diffuser
+from planners.hierarchical import HierarchicalDiffuser
 from planners.plan import Plan
+from planners.veteran import Veteran
 
-__all__ = ["Diffuser", "Plan", "load"]
+__all__ = ["Diffuser", "HierarchicalDiffuser", "Plan", "Veteran", "load"]
 
 
 def load(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Any:

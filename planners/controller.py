@@ -23,6 +23,11 @@ def _actions(plan: Plan) -> np.ndarray:
     return plan.actions[:, 0]
 
 
+def overlaid(control: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """A config's `control` with what a call gives in its place (None: nothing)."""
+    return {**control, **{key: value for key, value in given.items() if value is not None}}
+
+
 REFERENCES: dict[str, Callable[[Plan], np.ndarray]] = {"pd": _states, "actions": _actions}
 
 
@@ -33,7 +38,7 @@ class PlanController:
     `deviation` set, only a robot that is further than this from where its plan has it, whose plan ran out away from
     its goal, or whose goal has moved: the others go on, since a plan that works is worth more than a new one. The
     references are states tracked by a PD law with gains kp and kd, read `lookahead` seconds ahead, or the planned
-    actions themselves. The noise comes from `seed`, so roll-outs repeat.
+    actions themselves. options: what `planner.plan` takes besides. The noise comes from `seed`, so roll-outs repeat.
     """
 
     def __init__(
@@ -49,20 +54,19 @@ class PlanController:
         kd: float,
         lookahead: float = 0.0,
         deviation: float | None = None,
+        options: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         if track not in REFERENCES:
             raise nearest("controller.track", track, REFERENCES)
-        self.planner, self.sampler, self.samples = planner, dict(sampler), samples
+        self.planner, self.sampler, self.samples, self.options = planner, dict(sampler), samples, dict(options or {})
         self.replan_every, self.history, self.deviation = replan_every, 1, deviation
         self.evaluations = planner.table(sampler).evaluations
         self.references = REFERENCES[track]
         self.dt = planner.stride * task_spec.dt
         self.goal_dim = planner.spec.goal_dim
         p = self.goal_dim or planner.spec.observation_dim // 2
-        pd = PDTracker(
-            kp, kd, slice(0, p), slice(p, 2 * p), task_spec.action_low, task_spec.action_high, lookahead=lookahead
-        )
+        pd = PDTracker(kp, kd, slice(0, p), slice(p, 2 * p), task_spec.action_low, task_spec.action_high, lookahead=lookahead)
         self.tracker = {"pd": pd, "actions": DirectTracker()}[track]
         self.generator = torch.Generator().manual_seed(seed)
         self.reset(0)
@@ -80,7 +84,8 @@ class PlanController:
         renew = self._renew(state, goal, step)
         if renew.any():
             chosen = goal[renew] if goal is not None else None
-            plan = self.planner.plan(state[renew], chosen, self.samples, sampler=self.sampler, generator=self.generator)
+            given = {"sampler": self.sampler, "generator": self.generator, **self.options}
+            plan = self.planner.plan(state[renew], chosen, self.samples, **given)
             self._keep(plan, renew)
             self.begun[renew] = step
             if goal is not None:

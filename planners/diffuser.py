@@ -7,6 +7,8 @@ trajectories steers it (section 3.2, algorithm 1):
 
     d <- d + scale (sigma_t^2 / alpha_t) grad_x V(x_t, t)        eq. 3's shifted mean, written for the data prediction
 
+or, with `value.steer`, chooses among the samples on their way by Feynman-Kac steering to the same p(x) exp(scale V(x)).
+
 Training draws the arrival token at random, so that a plan may arrive early and stay, and learns how long ways from o to g
 take in the data, p(k | o, g): asked to arrive sooner or later than the data ever did, a denoiser cuts through walls. The
 paper's fixed last token is `arrivals: last`.
@@ -23,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, inpaint, solver
+from diffusion import Classifier, Denoiser, Layout, NoiseSchedule, Tableau, inpaint
+from diffusion.guidance import POTENTIALS, FeynmanKac
 from diffusion.networks import FourierFeatures, build_network
-from diffusion.tableau import Constrain
-from offline import Algorithm, DataSpec, Normalizer, Windows, register
+from diffusion.tableau import Constrain, Select
+from offline import Algorithm, DataSpec, Normalizer, Windows, register, sampler_table
+from offline.returns import returns_to_go
 from pilotwave.errors import UserError, nearest
-from planners.controller import PlanController
+from planners.controller import PlanController, overlaid
 from planners.plan import Correction, Plan
 from robots.barriers import build
 
@@ -94,15 +98,22 @@ class Diffuser(Algorithm):
         groups["action"] = spec.action_dim if config["actions"] else 0
         self.layout = Layout(**{name: size for name, size in groups.items() if size})
         self.normalizer = Normalizer.from_shapes({"observation": spec.observation_dim, "action": spec.action_dim})
-        network = build_network(features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **config["network"])
+        variance, shape = config.get("variance", "fixed"), (self.layout.features, self.H, len(self.layout.groups))
+        outputs = self.layout.features * (2 if variance == "learned" else 1)
+        network = build_network(features=shape[0], horizon=shape[1], groups=shape[2], outputs=outputs, **config["network"])
         schedule = NoiseSchedule.from_config(**config["schedule"])
-        self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"])
+        self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"], variance)
         # how far the goal features move from token to token in the data, in the task's units
         self.register_buffer("longest_step", torch.tensor(float("inf")))
         self.value_config: dict[str, Any] = dict(config.get("value") or {})
         if self.value_config:
             value = dict(self.value_config["network"])
             self.value = build_network(features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **value)
+            steer = self.value_config.get("steer")
+            if steer is not None and steer not in POTENTIALS:
+                raise nearest("planner.value.steer", str(steer), POTENTIALS)
+            if steer is not None and spec.goal_dim:
+                raise UserError("planner.value.steer lets plans take each other's place; goals at tokens of their own forbid it")
         if spec.goal_dim and self.arrivals.durations:
             self.durations = Durations(spec.observation_dim + spec.goal_dim, self.H)
 
@@ -138,14 +149,7 @@ class Diffuser(Algorithm):
 
     def _returns(self, store: TrajectoryStore) -> Tensor:
         """Discounted rewards to go, (N,), scaled to unit deviation."""
-        discount = float(self.value_config["discount"])
-        rewards = np.asarray(store.columns["reward"], np.float64)
-        returns = np.zeros_like(rewards)
-        ends = set((store.episode_ends - 1).tolist())
-        following = 0.0
-        for i in range(len(rewards) - 1, -1, -1):
-            following = rewards[i] + (0.0 if i in ends else discount * following)
-            returns[i] = following
+        returns = returns_to_go(store, float(self.value_config["discount"]))
         return torch.as_tensor((returns - returns.mean()) / max(returns.std(), 1e-6), dtype=torch.float32)
 
     def pack(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -170,7 +174,10 @@ class Diffuser(Algorithm):
         weight = torch.ones(self.H, self.layout.features, device=device)
         if "action" in self.layout:
             weight[0, self.layout["action"]] = float(self.config["first_action_weight"])
-        loss = self.denoiser.loss(x_0, generator, clean=clean, weighting=self.config["weighting"], weight=weight)
+        loss = self.denoiser.loss(
+            x_0, generator, clean=clean, weighting=self.config["weighting"], weight=weight,
+            perturbation=float(self.config.get("input_perturbation", 0.0)),
+        )  # fmt: skip
         info = {"loss": loss.detach()}
         if self.spec.goal_dim and self.arrivals.durations:
             # every later token is a goal that was reached after so many
@@ -199,15 +206,7 @@ class Diffuser(Algorithm):
 
     def table(self, sampler: Mapping[str, Any] | None = None) -> Tableau:
         """The sampler's Tableau: the config's, or another {name, steps, ...}."""
-        options = dict(sampler or self.config["sampler"])
-        return solver(options.pop("name"), self.denoiser.schedule, options.pop("steps"), **options)
-
-    def _guide(self, d: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self._value(y, t).sum(), y)
-        alpha, sigma = self.denoiser.schedule.alpha(t), self.denoiser.schedule.sigma(t)
-        return d + float(self.value_config["scale"]) * sigma**2 / alpha * gradient
+        return sampler_table(self, sampler or self.config["sampler"])
 
     @torch.no_grad()
     def sample_plans(
@@ -218,10 +217,12 @@ class Diffuser(Algorithm):
         table: Tableau,
         generator: torch.Generator | None = None,
         constrain: Constrain | None = None,
+        select: Select | None = None,
     ) -> Tensor:
         """Trajectories (B, H, F) from observations (B, Do), goals (B, Dg), all normalized, and arrival tokens (B,).
 
-        constrain: a further change of the state after each update, which leaves what is known as it is.
+        constrain: a further change of the state after each update, which leaves what is known as it is. select: a choice among
+        the trajectories on their way, in place of the value's gradient.
         """
         b, device = observation.shape[0], observation.device
         known = torch.zeros(b, self.H, self.layout.features, device=device)
@@ -229,8 +230,10 @@ class Diffuser(Algorithm):
         if goal is not None:
             known[torch.arange(b, device=device), arrival, : self.spec.goal_dim] = goal
         clean = self.clean(arrival if goal is not None else None, b, device)
-        guide = self._guide if self.value_config else None
-        return inpaint(self.denoiser, table, known, clean, generator, guide=guide, constrain=constrain)
+        guide = None
+        if self.value_config and select is None:
+            guide = Classifier(self._value, self.denoiser.schedule, float(self.value_config["scale"]))
+        return inpaint(self.denoiser, table, known, clean, generator, guide=guide, constrain=constrain, select=select)
 
     def plan(
         self,
@@ -241,12 +244,14 @@ class Diffuser(Algorithm):
         sampler: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
         correction: Correction | None = None,
+        arrivals: str | None = None,
     ) -> Plan:
         """Plans from observations (Do,) or (B, Do) to goals (Dg,) or (B, Dg), in the task's units.
 
         Returns a Plan of (samples, H, ...) or (B, samples, H, ...), best first: by the value network, or else by
         early arrival among the plans that the denoiser itself finds likely. Goals are needed where the data has them.
-        correction: changes the states while they are sampled and after, before the plans are judged.
+        correction: changes the states while they are sampled and after, before the plans are judged. arrivals: a key of
+        ARRIVALS in place of the config's.
         """
         observation = self._checked("observation", observation, self.spec.observation_dim)
         single = observation.ndim == 1
@@ -264,9 +269,13 @@ class Diffuser(Algorithm):
             full = np.concatenate([goal, observation[:, self.spec.goal_dim :]], axis=1)
             g = self.normalizer.normalize("observation", torch.as_tensor(full, dtype=torch.float32, device=device))
             g = g[:, : self.spec.goal_dim].repeat_interleave(samples, 0)
-            arrival = self._arrivals(o[::samples], g[::samples], samples).flatten()
+            arrival = self._arrivals(o[::samples], g[::samples], samples, arrivals).flatten()
         hook = None if correction is None else correction.during
-        x = self.sample_plans(o, g, arrival, self.table(sampler), generator, hook)
+        steering = self._steering(samples, generator)
+        x = self.sample_plans(o, g, arrival, self.table(sampler), generator, hook, steering)
+        if steering is not None:
+            with torch.no_grad():
+                x = steering.finish(x)
         b, do = len(observation), self.spec.observation_dim
         observations = self.normalizer.denormalize("observation", x[..., :do])
         if correction is not None:
@@ -291,9 +300,24 @@ class Diffuser(Algorithm):
         parts = [None if part is None else best_first(part) for part in (actions, arrival)]
         return Plan(best_first(observations), parts[0], best_first(values), parts[1])
 
-    def _arrivals(self, o: Tensor, g: Tensor, samples: int) -> Tensor:
+    def _steering(self, samples: int, generator: torch.Generator | None) -> FeynmanKac | None:
+        """The choice among the samples of one observation by the value network, where `value.steer` names a potential."""
+        potential, scale = self.value_config.get("steer"), float(self.value_config.get("scale", 0.0))
+        if potential is None:
+            return None
+
+        def value(x: Tensor, d: Tensor, t: Tensor) -> Tensor:
+            return scale * self._value(x, t)
+
+        def reward(x: Tensor) -> Tensor:
+            return scale * self._value(x, torch.zeros((), device=x.device))
+
+        return FeynmanKac(reward, samples, value=value, potential=potential, generator=generator)
+
+    def _arrivals(self, o: Tensor, g: Tensor, samples: int, kind: str | None = None) -> Tensor:
         """The tokens (B, samples) to arrive at: spread over the usual durations from o (B, Do) to g (B, Dg), or the last."""
-        if not self.arrivals.durations:
+        arrivals = self.arrivals if kind is None else ARRIVALS[kind]
+        if not (self.arrivals.durations and arrivals.durations):
             return torch.full((len(o), samples), self.H - 1, device=o.device)
         low, high = self.config["duration_quantiles"]
         q = torch.linspace(low, high, samples, device=o.device)
@@ -349,6 +373,7 @@ class Diffuser(Algorithm):
         samples: int | None = None,
         track: str | None = None,
         deviation: float | None = None,
+        arrivals: str | None = None,
         safety: str | None = None,
         margin: float | None = None,
         barriers: Sequence[Mapping[str, Any]] = (),
@@ -357,14 +382,14 @@ class Diffuser(Algorithm):
         """This planner for roll-outs and robots.
 
         replan_every: steps between plans, 0 to plan once; samples: plans to choose from; track: "pd" tracks the planned
-        states, "actions" carries out the planned actions; deviation: see PlanController. Defaults are the config's
-        `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers` (settings of
+        states, "actions" carries out the planned actions; deviation: see PlanController; arrivals: see `plan`. Defaults are
+        the config's `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers` (settings of
         `robots.barriers.build`) and from the hazards that a task observes; None plans past them.
         """
-        control = dict(self.config["control"])
-        given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation}
-        control.update({key: value for key, value in given.items() if value is not None})
+        control = overlaid(self.config["control"], replan_every=replan_every, samples=samples, track=track, deviation=deviation)
         settings = sampler or self.config["sampler"]
+        if arrivals is not None and arrivals not in ARRIVALS:
+            raise nearest("controller.arrivals", str(arrivals), ARRIVALS)
         if safety is not None:
             from planners.safe import SafeController, SafeDiffuser
 
@@ -373,7 +398,7 @@ class Diffuser(Algorithm):
             return SafeController(planner, task_spec, settings, barriers=built, seed=seed, **control)
         if margin is not None or barriers:
             raise UserError("controller.margin and controller.barriers need controller.safety=ros, res, tvs or correct")
-        return PlanController(self, task_spec, settings, seed=seed, **control)
+        return PlanController(self, task_spec, settings, seed=seed, options={"arrivals": arrivals}, **control)
 
     def _checked(self, what: str, value: Any, width: int) -> np.ndarray:
         array = np.asarray(value, dtype=np.float32)

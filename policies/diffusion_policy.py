@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import Denoiser, Layout, NoiseSchedule, sample, solver
+from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample
 from diffusion.networks import ImageEncoder, build_network
-from offline import Algorithm, DataSpec, Normalizer, Windows, register, retime
+from offline import Algorithm, DataSpec, Normalizer, Windows, register, retime, sampler_table
 from pilotwave.errors import UserError, nearest
 from policies.controller import PolicyController
 from policies.ridge import Ridge
@@ -86,11 +86,13 @@ class DiffusionPolicy(Algorithm):
         self.encoders = nn.ModuleDict({key: ImageEncoder(**config["image_encoder"]) for key in spec.images})
         image_dim = len(self.encoders) * 2 * int(config["image_encoder"].get("keypoints", 32))
         condition_dim = self.To * (spec.observation_dim + image_dim) + self.past * spec.action_dim
+        variance = config.get("variance", "fixed")
         network = build_network(
-            features=spec.action_dim, horizon=self.T, groups=1, condition_dim=condition_dim, **config["network"]
-        )
+            features=spec.action_dim, horizon=self.T, groups=1, condition_dim=condition_dim,
+            outputs=spec.action_dim * (2 if variance == "learned" else 1), **config["network"],
+        )  # fmt: skip
         schedule = NoiseSchedule.from_config(**config["schedule"])
-        self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"])
+        self.denoiser = Denoiser(network, schedule, self.layout, config["prediction"], variance)
 
     def _groups(self) -> dict[str, int]:
         """The normalizer's groups: of one step, or of whole histories and chunks where they are differences."""
@@ -196,7 +198,10 @@ class DiffusionPolicy(Algorithm):
             known = known + noise * torch.randn(known.shape, generator=generator, device=known.device)
         images = {key: batch[key][:, self.now - self.To + 1 : self.now + 1] for key in self.encoders}
         condition = self.condition(known, images)
-        loss = self.denoiser.loss(chunk, generator, condition=condition, weighting=self.config["weighting"])
+        loss = self.denoiser.loss(
+            chunk, generator, condition=condition, weighting=self.config["weighting"],
+            perturbation=float(self.config.get("input_perturbation", 0.0)),
+        )  # fmt: skip
         return loss, {"loss": loss.detach()}
 
     @torch.no_grad()
@@ -222,7 +227,8 @@ class DiffusionPolicy(Algorithm):
         if noise is None:
             noise = torch.randn(shape, generator=generator, device=observation.device)
         x_T = noise * self.denoiser.schedule.sigma(torch.ones((), device=observation.device))
-        x_0 = sample(lambda x, t: self.denoiser(x, t, condition), table, x_T, generator)
+        call = self.denoiser.with_variance if table.learned else self.denoiser
+        x_0 = sample(lambda x, t: call(x, t, condition), table, x_T, generator)
         if self.past:
             chunk = normalizer.denormalize("action", x_0.flatten(1)) + self._forecast(parts)
             actions = chunk.view(shape) + past[:, -1:]
@@ -234,10 +240,9 @@ class DiffusionPolicy(Algorithm):
             actions = actions.clamp(low, high)
         return actions
 
-    def table(self, sampler: Mapping[str, Any] | None = None) -> Any:
+    def table(self, sampler: Mapping[str, Any] | None = None) -> Tableau:
         """The sampler's Tableau: the config's, or another {name, steps, ...}."""
-        options = dict(sampler or self.config["sampler"])
-        return solver(options.pop("name"), self.denoiser.schedule, options.pop("steps"), **options)
+        return sampler_table(self, sampler or self.config["sampler"])
 
     def act(self, history: np.ndarray | Mapping[str, np.ndarray], generator: torch.Generator | None = None) -> np.ndarray:
         """(To, Do) -> (Ta, Da), or with a leading batch axis; a mapping adds images beside "observation", and the last

@@ -5,7 +5,8 @@ waypoint_controller.py): shortest path over cells, a waypoint in each cell at th
 (which spreads paths over one side of the corridor, see the frame in `robots.tasks.pointmaze`), action
 clip(10 (waypoint - position) - velocity) plus normal noise of 0.5, clipped to -1..1, a new random goal as soon as one
 is reached within 0.1. Unlike there, the controller drives to the goal itself rather than to its cell's position, and
-starts over from its own cell when a waypoint stays out of reach for 100 steps.
+starts over from its own cell when a waypoint stays out of reach for 100 steps. Mazes of short demonstrations
+(`robots.tasks.compositional`): the same controller, an episode for each goal.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from robots.controller import Chunk, Controller, Tracker
 from robots.replay import Demonstrations, door_replays
 from robots.tasks import Task, make
 from robots.tasks.adroit import AdroitDoor
+from robots.tasks.compositional import LONGEST, CompositionalMaze
 from robots.tasks.pointmaze import GOAL_RADIUS, PointMaze, cell_of
 from robots.tracking import DirectTracker
 
@@ -147,22 +149,73 @@ def maze_streams(
     columns = {name: value.swapaxes(0, 1).reshape(-1, value.shape[2])[:steps] for name, value in kept.items()}
     timeouts = np.zeros(steps, dtype=bool)
     timeouts[length - 1 :: length] = True
+    return maze_columns(columns, timeouts), maze_facts(task, noise, timeouts, reached)
+
+
+def maze_columns(kept: Mapping[str, np.ndarray], timeouts: np.ndarray) -> dict[str, np.ndarray]:
+    """D4RL's columns from states "o", actions "a", goals "g" and rewards "r", (steps, width) each."""
     timeouts[-1] = True
-    data = {
-        "observations": columns["o"],
-        "actions": columns["a"],
-        "rewards": columns["r"][:, 0],
-        "terminals": np.zeros(steps, dtype=bool),
+    return {
+        "observations": kept["o"],
+        "actions": kept["a"],
+        "rewards": kept["r"][:, 0],
+        "terminals": np.zeros(len(timeouts), dtype=bool),
         "timeouts": timeouts,
-        "infos/goal": columns["g"],
-        "infos/qpos": columns["o"][:, :2],
-        "infos/qvel": columns["o"][:, 2:],
+        "infos/goal": kept["g"],
+        "infos/qpos": kept["o"][:, :2],
+        "infos/qvel": kept["o"][:, 2:],
     }
+
+
+def maze_facts(task: PointMaze, noise: float, timeouts: np.ndarray, reached: int) -> dict[str, Any]:
+    """What a maze's file says of itself."""
     facts = {"controller": "waypoint", "noise": noise, "reward_goal": list(task.maze.goal), "maze": task.maze.rows()}
-    return data, facts | {"episodes": int(timeouts.sum()), "goals_reached": reached}
+    return facts | {"episodes": int(timeouts.sum()), "goals_reached": reached}
+
+
+def short_ways(
+    task: CompositionalMaze, steps: int, seed: int, noise: float, progress: Progress | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """`steps` steps of episodes to near goals, each of which ends where its goal is reached: D4RL's columns, and facts."""
+    together, fixed = 256, np.array(task.maze.goal, dtype=np.float64)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in "oagr"}
+    ends: list[int] = []
+    total = reached = batch = 0
+    while total < steps:
+        observation = task.reset([seed + batch * together + i for i in range(together)])
+        rng = np.random.default_rng((seed, batch))
+        controller = WaypointController(task, together, rng, noise)
+        goals = np.array([task.draw_near(rng, int(cell)) for cell in controller._cells(observation["state"][:, :2])])
+        kept = {name: np.empty((LONGEST, together, width), np.float32) for name, width in {"o": 4, "a": 2, "g": 2, "r": 1}.items()}
+        length = np.full(together, LONGEST)
+        for step in range(LONGEST):
+            state = observation["state"].astype(np.float64)
+            near = (np.linalg.norm(state[:, :2] - goals, axis=1) < REACHED) & (length == LONGEST)
+            length[near] = step + 1  # with the step at the goal
+            action = controller.actions(state, goals)
+            kept["o"][step], kept["a"][step], kept["g"][step] = state, action, goals
+            observation = task.step(action)[0]
+            kept["r"][step] = np.linalg.norm(observation["state"][:, :2] - fixed, axis=1, keepdims=True) <= GOAL_RADIUS
+            if (length < LONGEST).all():
+                break
+        for i, n in enumerate(length):
+            for name, value in kept.items():
+                parts[name].append(value[:n, i])
+            total += int(n)
+            ends.append(total)
+        reached += int((length < LONGEST).sum())
+        batch += 1
+        if progress is not None:
+            progress(min(total, steps), steps)
+    columns = {name: np.concatenate(values)[:steps] for name, values in parts.items()}
+    timeouts = np.zeros(steps, dtype=bool)
+    timeouts[[end - 1 for end in ends if end <= steps]] = True
+    data = maze_columns(columns, timeouts)
+    return data, maze_facts(task, noise, timeouts, reached) | {"reach": task.reach}
 
 
 COLLECTORS: dict[type[Task], tuple[Callable[..., tuple[dict[str, np.ndarray], dict[str, Any]]], float]] = {
+    CompositionalMaze: (short_ways, NOISE),
     PointMaze: (maze_streams, NOISE),
     AdroitDoor: (door_replays, replay.NOISE),
 }

@@ -115,7 +115,7 @@ class Layout:
         return np.dtype(names, align=True)
 
     def observation(self) -> np.dtype:
-        keys = [(f"x:{k}", "f4" if len(s) == 1 else "u1", tuple(s)) for k, s in self.shapes.items()]
+        keys = [(f"x:{k}", "u1" if len(s) == 3 else "f4", tuple(s)) for k, s in self.shapes.items()]
         meta = [("stamp", "f8"), ("due", "f8"), ("episode", "i8"), ("first", "i8"), ("began", "f8")]
         return np.dtype([*meta, ("expected", "f4", tuple(self.shapes["state"])), *keys], align=True)
 

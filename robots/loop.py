@@ -28,6 +28,7 @@ from pilotwave.errors import UserError
 from robots.controller import Chunk, Tracker
 from robots.inference import Decision, Factory, Inference, InferenceProcess, Pace
 from robots.robot import Adapter
+from robots.safety_filter import SafetyFilter
 
 
 class Clock(Protocol):
@@ -190,7 +191,9 @@ class DeployReport:
     tick, since the observation that the plan in force was made from. latency_ms: from observation to chunk in the loop;
     decision_ms: the controller's share. scheduling: what the system
     gave the loop's thread. dropped_references: due before their chunk arrived; late_chunks: all of them
-    were. held: ticks without a reference due. clamped: commands that the limits changed; violations: commands outside
+    were. held: ticks without a reference due. filtered: commands that the guard changed, infeasible: of those, without one
+    that it allows; clamped: commands that the limits changed after. unsafe_episodes, worst_margin: where the robot can tell
+    how near hazards it came (negative: inside). violations: commands outside
     of the limits as the robot says it executed them. faults: how many; fault_log: the first hundred.
     """
 
@@ -213,7 +216,11 @@ class DeployReport:
     late_chunks: int = 0
     rejected_chunks: int = 0
     held: int = 0
+    filtered: int = 0
+    infeasible: int = 0
     clamped: int = 0
+    unsafe_episodes: int | None = None
+    worst_margin: float | None = None
     violations: int = 0
     bad_observations: int = 0
     bad_commands: int = 0
@@ -314,10 +321,12 @@ class _Loop:
 
     def __init__(
         self, robot: Any, adapter: Adapter, inference: Inference, tracker: Tracker, limits: Limits, config: LoopConfig,
-        clock: Clock, evaluations: int, on_tick: OnTick | None,
+        clock: Clock, evaluations: int, on_tick: OnTick | None, guard: SafetyFilter | None = None,
     ) -> None:  # fmt: skip
         self.robot, self.adapter, self.inference, self.tracker = robot, adapter, inference, tracker
-        self.limits, self.config, self.clock, self.on_tick = limits, config, clock, on_tick
+        self.limits, self.config, self.clock, self.on_tick, self.guard = limits, config, clock, on_tick, guard
+        if guard is not None:
+            guard.reset(1)
         self.period = 1.0 / config.frequency
         self.began = self.ticked = clock.now()
         self.plan = Plan(tracker)
@@ -381,6 +390,8 @@ class _Loop:
         self.streak("observation", False, "", now)
         if self.observation is not None and episode != self.episode:
             self.plan = Plan(self.tracker)  # the scene was reset: nothing planned before is true
+            if self.guard is not None:
+                self.guard.forget()
         self.observation, self.episode = arrays, episode
         return True
 
@@ -480,6 +491,8 @@ class _Loop:
         try:
             raw = np.asarray(self.tracker.command(self.observation["state"], reference), dtype=np.float64)[0]
             wrong = "" if raw.shape == self.limits.low.shape and np.isfinite(raw).all() else f"command {raw}"
+            if self.guard is not None and not wrong:
+                raw = self.guard(self.observation, raw[None])[0]
         except Exception as error:
             wrong = f"{type(error).__name__}: {error}"
         self.streak("command", bool(wrong), wrong, now)
@@ -594,10 +607,15 @@ class _Loop:
         report.period_ms, report.work_ms = self.periods.summary(1e3), self.work.summary(1e3)
         report.chunk_age_ms, report.latency_ms = self.ages.summary(1e3, 2), self.latencies.summary(1e3, 2)
         report.decision_ms = self.decisions.summary(1e3, 2)
+        if self.guard is not None:
+            report.filtered, report.infeasible = int(self.guard.changed.sum()), int(self.guard.infeasible.sum())
+        report.worst_margin = getattr(self.robot, "worst_margin", None)
         outcomes = list(getattr(self.robot, "outcomes", ()))
         report.episodes = len(outcomes)
         if outcomes:
             report.success_rate = float(np.mean([o.success for o in outcomes]))
+            margins = [o.margin for o in outcomes if o.margin is not None]
+            report.unsafe_episodes = sum(margin < 0 for margin in margins) if margins else None
             report.episode_seconds_mean = round(float(np.mean([o.seconds for o in outcomes])), 4)
         return report
 
@@ -674,6 +692,7 @@ def deploy(
     inference: Inference | None = None,
     clock: Clock | None = None,
     on_tick: OnTick | None = None,
+    guard: SafetyFilter | None = None,
     **settings: Any,
 ) -> DeployReport:
     """Drive a robot with a controller that lives in its own process, for `seconds` or until a signal.
@@ -681,14 +700,20 @@ def deploy(
     robot: any object with LeRobot's interface, connected or not (disconnected at the end either way).
     controller_factory: how that process makes its controller. limits: for every command. tracker: instead of the
     controller's own. inference, clock: other than InferenceProcess and the monotonic clock (tests: InlineInference and
-    LogicalClock). settings: fields of LoopConfig, over `config`. Raises UserError for wrong settings or a controller
-    that cannot start; what happens after the loop began is in the report.
+    LogicalClock). guard: changes commands before the limits do; its model's steps are one period long. settings: fields of
+    LoopConfig, over `config`. Raises UserError for wrong settings or a controller that cannot start; what happens after the
+    loop began is in the report.
     """
     try:
         config = replace(config or LoopConfig(), **settings)
     except TypeError as error:
         raise UserError(f"deploy: {error}; settings are {', '.join(LoopConfig.__dataclass_fields__)}") from None
     adapter = adapter or Adapter(robot)
+    if guard is not None and not np.isclose(guard.model.dt * config.frequency, 1.0, rtol=1e-3):
+        raise UserError(
+            f"the filter's model has steps of {guard.model.dt:g} s and the loop runs at {config.frequency:g} Hz; right is "
+            f"{1 / guard.model.dt:g} Hz"
+        )
     if len(limits.low) != len(adapter.action):
         raise UserError(f"limits for {len(limits.low)} actions; the robot has {len(adapter.action)}")
     if config.idle is not None and len(config.idle) != len(adapter.action):
@@ -705,7 +730,7 @@ def deploy(
         if not robot.is_connected:
             robot.connect()
         loop = _Loop(
-            robot, adapter, inference, tracker or hello.tracker, limits, config, clock, hello.evaluations, on_tick
+            robot, adapter, inference, tracker or hello.tracker, limits, config, clock, hello.evaluations, on_tick, guard
         )
         loop.observation, loop.episode = _first_observation(robot, adapter, config.patience)
         now = clock.now()

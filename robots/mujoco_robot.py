@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from robots.robot import EPISODE, GOAL, Outcome, Robot
+from robots.barriers import ROW
+from robots.robot import EPISODE, GOAL, HAZARD, Outcome, Robot
 from robots.tasks.base import Task
 
 MAX_CATCH_UP = 1.0
@@ -21,7 +22,8 @@ class MujocoRobot(Robot):
     It moves on whether or not the loop is in time, as a machine would. After a reset it rests until its first command.
     An episode ends when the task says success (in tasks with `goal="chain"` the next goal follows where the robot is),
     terminates, or its horizon is over; then the scene is reset with the next seed and "episode" counts up.
-    now: the clock, `time.monotonic` by default. outcomes: the last ten thousand episodes.
+    now: the clock, `time.monotonic` by default. outcomes: the last ten thousand episodes. worst_margin: the smallest barrier
+    of a hazard so far, None without hazards.
     """
 
     name = "mujoco"
@@ -31,14 +33,16 @@ class MujocoRobot(Robot):
         spec = task.spec
         self.outcomes: deque[Outcome] = deque(maxlen=10_000)
         self.stalled = 0.0
+        self.worst_margin: float | None = None
         self._goal = [f"{GOAL}{i}" for i in range(spec.goal_dim)]
+        self._hazards = [f"{HAZARD}{k}.{name}" for k in range(spec.hazards) for name in ROW]
         self._connected = False
         self._episode = -1
 
     @property
     def observation_features(self) -> dict[str, Any]:
         spec = self.task.spec
-        return {**dict.fromkeys((*spec.observation_names, *self._goal, EPISODE), float), **spec.images}
+        return {**dict.fromkeys((*spec.observation_names, *self._goal, *self._hazards, EPISODE), float), **spec.images}
 
     @property
     def action_features(self) -> dict[str, Any]:
@@ -60,6 +64,7 @@ class MujocoRobot(Robot):
         self._arrays = self.task.reset([self._seed + self._episode])
         self._action: np.ndarray | None = None
         self._steps = self._begun = 0
+        self._margin: float | None = None
 
     def _advance(self) -> None:
         dt = self.task.spec.dt
@@ -74,8 +79,12 @@ class MujocoRobot(Robot):
             self._arrays, _, terminated, info = self.task.step(self._action)
             self._steps += 1
             steps, success = self._steps - self._begun, bool(info["success"][0])
+            if "margin" in info:
+                margin = float(info["margin"][0])
+                kept = (self._margin, self.worst_margin)
+                self._margin, self.worst_margin = (margin if m is None else min(margin, m) for m in kept)
             if success or bool(terminated[0]) or steps >= self.task.spec.horizon:
-                self.outcomes.append(Outcome(success, steps * dt))
+                self.outcomes.append(Outcome(success, steps * dt, self._margin))
                 self._begun = self._steps
                 if not (success and "new_goal" in info):
                     self._reset()
@@ -89,6 +98,8 @@ class MujocoRobot(Robot):
         flat: dict[str, Any] = dict(zip(spec.observation_names, arrays["state"][0].tolist()))
         if self._goal:
             flat.update(zip(self._goal, arrays["goal"][0].tolist()))
+        if self._hazards:
+            flat.update(zip(self._hazards, arrays["hazards"][0].ravel().tolist()))
         flat[EPISODE] = float(self._episode)
         for key in spec.images:
             flat[key] = arrays[key][0]

@@ -1,12 +1,14 @@
 """The robot interface: LeRobot's, so that any LeRobot robot can be driven as it is (duck-typed, no base class needed).
 
 Observations and actions are flat dictionaries: "shoulder_pan.pos": float, a camera's name: uint8 (H, W, 3).
-Reserved keys: "goal.<i>" (the goal, for goal-conditioned controllers) and "episode" (a counter that changes when the
-scene was reset, so that plans made before it are void). A robot may also have:
+Reserved keys: "goal.<i>" (the goal, for goal-conditioned controllers), "hazard.<k>.<name>" (what the robot must keep out of, by
+the names of `barriers.ROW`) and "episode" (a counter that changes when the scene was reset, so that plans made before it
+are void). A robot may also have:
 
 - `damp() -> bool`: become compliant without dropping torque at once; True when it did. Called once after a fault.
 - `outcomes`: a sequence of `Outcome`, one a finished episode, where success can be judged (simulators, instrumented
 cells).
+- `worst_margin`: the smallest barrier of a hazard so far, negative inside; None where nothing can tell.
 """
 
 from __future__ import annotations
@@ -18,16 +20,21 @@ from typing import Any
 
 import numpy as np
 
+from robots.barriers import ROW
+
 EPISODE = "episode"
 GOAL = "goal."
+HAZARD = "hazard."
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one episode ended: reached its goal or not, after how many seconds of the robot's time."""
+    """How one episode ended: reached its goal or not, after how many seconds of the robot's time, and the smallest barrier
+    on the way where there were hazards."""
 
     success: bool
     seconds: float
+    margin: float | None = None
 
 
 class Robot(ABC):
@@ -71,7 +78,8 @@ class Adapter:
     """Maps a robot's flat dictionaries to the arrays that controllers and trackers use, and back.
 
     state, action: names in the order of the controller's features; by default the robot's float features in their
-    order. Arrays have a leading axis of 1 (one robot): "state" (1, Do), "goal" (1, Dg), cameras (1, H, W, C) uint8.
+    order. Arrays have a leading axis of 1 (one robot): "state" (1, Do), "goal" (1, Dg), "hazards" (1, K, 7), cameras
+    (1, H, W, C) uint8.
     """
 
     def __init__(
@@ -79,14 +87,17 @@ class Adapter:
     ) -> None:
         features = robot.observation_features
         scalars = [k for k, v in features.items() if not isinstance(v, tuple | list)]
-        self.state = state or tuple(k for k in scalars if k != EPISODE and not k.startswith(GOAL))
+        self.state = state or tuple(k for k in scalars if k != EPISODE and not k.startswith((GOAL, HAZARD)))
         self.goal = tuple(k for k in scalars if k.startswith(GOAL))
+        self.hazards = tuple(k for k in scalars if k.startswith(HAZARD))
         self.action = action or tuple(robot.action_features)
         self.images = {k: tuple(v) for k, v in features.items() if isinstance(v, tuple | list)}
         self.has_episodes = EPISODE in features
         self.shapes: dict[str, tuple[int, ...]] = {"state": (len(self.state),)}
         if self.goal:
             self.shapes["goal"] = (len(self.goal),)
+        if self.hazards:
+            self.shapes["hazards"] = (len(self.hazards) // len(ROW), len(ROW))
         self.shapes |= self.images
         self._measured = [self.state.index(k) for k in self.action] if set(self.action) <= set(self.state) else None
 
@@ -95,6 +106,8 @@ class Adapter:
         out = {"state": np.array([[flat[k] for k in self.state]], dtype=np.float32)}
         if self.goal:
             out["goal"] = np.array([[flat[k] for k in self.goal]], dtype=np.float32)
+        if self.hazards:
+            out["hazards"] = np.array([flat[k] for k in self.hazards], dtype=np.float32).reshape(1, -1, len(ROW))
         for key, value in out.items():
             if not np.isfinite(value).all():
                 raise ValueError(f"{key} is not finite")

@@ -92,6 +92,10 @@ class SafetyFilter:
     def reset(self, n: int) -> None:
         """Start n episodes: counts (n,) of the actions filtered, changed, and left without an allowed one."""
         self.filtered, self.changed, self.infeasible = (np.zeros(n, dtype=np.int64) for _ in range(3))
+        self.forget()
+
+    def forget(self) -> None:
+        """The robots were moved: what the last step made of them says nothing."""
         self.expected: np.ndarray | None = None
 
     def __call__(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:

@@ -31,6 +31,34 @@ class Mixture:
         z = torch.randn(n, self.means.shape[1], dtype=torch.float64, generator=generator)
         return self.means[k] + (torch.linalg.cholesky(self.covariances)[k] @ z[..., None])[..., 0]
 
+    def log_density(self, x: Tensor, components: bool = False) -> Tensor:
+        """log p(x) of x (..., F); with `components` each one's share of it, (..., K)."""
+        m, S, w = (p.to(x.dtype) for p in (self.means, self.covariances, self.weights))
+        gap = x[..., None, :] - m
+        squared = torch.einsum("...ki,kij,...kj->...k", gap, torch.linalg.inv(S), gap)
+        each = w.log() - 0.5 * (squared + torch.logdet(2 * torch.pi * S))
+        return each if components else each.logsumexp(-1)
+
+    def noised(self, schedule: NoiseSchedule, t: Tensor) -> Mixture:
+        """The mixture that x_t follows, for one level t ()."""
+        a, s = schedule.alpha(t).double(), schedule.sigma(t).double()
+        eye = torch.eye(self.means.shape[1], dtype=torch.float64)
+        return Mixture(self.weights, a * self.means, a**2 * self.covariances + s**2 * eye)
+
+    def tilted(self, linear: Tensor, quadratic: Tensor) -> Mixture:
+        """p(x) exp(r(x)) with r(x) = linear . x - x . quadratic x / 2, normalized: again a mixture."""
+        P = torch.linalg.inv(self.covariances)
+        S = torch.linalg.inv(P + quadratic)
+        pull = (P @ self.means[..., None])[..., 0] + linear
+        m = (S @ pull[..., None])[..., 0]
+        exponent = (pull * m).sum(-1) - torch.einsum("ki,kij,kj->k", self.means, P, self.means)
+        log_w = self.weights.log() + 0.5 * (exponent + torch.logdet(S) - torch.logdet(self.covariances))
+        return Mixture(log_w.softmax(0), m, S)
+
+    def shares(self, x: Tensor) -> Tensor:
+        """p(component | x), (..., K). Over samples of the mixture its mean is `weights`."""
+        return self.log_density(x, components=True).softmax(-1)
+
     def denoiser(self, schedule: NoiseSchedule):
         """D(x, t) = E[x_0 | x_t = x] for x (..., F) and levels that broadcast to (..., 1)."""
         spread, axes = torch.linalg.eigh(self.covariances)

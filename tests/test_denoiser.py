@@ -225,8 +225,9 @@ def test_what_cannot_be_is_refused():
 def test_training_learns_a_mixture(prediction, schedule, weighting):
     """A small network on two tokens of one feature, trained for 400 steps: samples have the mixture's moments.
 
-    At t = 1 an error of the predicted noise is sigma / alpha = 152 times as large in the data. Starts that training hardly
-    met, one in a thousand, then end hundreds away; as DDPM does (Ho et al. 2020), predictions are clipped to the data.
+    At t = 1 an error of the predicted noise is sigma / alpha = 152 times as large in the data. From starts that training hardly
+    met one number in a hundred then ends up to hundreds away, whatever the solver and its steps; as DDPM does (Ho et al. 2020),
+    predictions are clipped to the data.
     """
     torch.manual_seed(0)
     layout, generator = Layout(state=1), seeded()

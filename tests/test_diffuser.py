@@ -115,6 +115,23 @@ def test_value_guidance_raises_the_value(store):
         means.append(plan.observations[:, 0, -1, 0].mean())
     # reward is the x coordinate: guided plans end further right
     assert means[1] > means[0] + 0.02
+    # and so do those that the value chose on their way, all together and not only the best
+    planner.value_config["steer"] = "difference"
+    sampler = {"name": "dpmpp_2m_sde", "steps": 8}
+    for scale in (0.0, 4.0):
+        planner.value_config["scale"] = scale
+        plan = planner.plan(np.zeros((4, 4)), samples=64, sampler=sampler, generator=torch.Generator().manual_seed(0))
+        means.append(plan.observations[:, :, -1, 0].mean())
+        np.testing.assert_allclose(plan.observations[:, :, 0], 0, atol=1e-5)
+    assert means[3] > means[2] + 0.02
+
+
+def test_steering_by_value_refuses_goals_and_unknown_potentials():
+    value = {"scale": 1.0, "discount": 0.9, "network": {"name": "mlp", "width": 8, "depth": 1}}
+    with pytest.raises(UserError, match="did you mean 'difference'"):
+        build(goal_dim=0, value=value | {"steer": "diference"})
+    with pytest.raises(UserError, match="goals at tokens of their own"):
+        build(value=value | {"steer": "max"})
 
 
 def test_a_short_training_plans_straight_lines(store):

@@ -24,6 +24,7 @@ from robots.controller import Chunk
 from robots.inference import Channel, Factory, InferenceProcess, InlineInference, Layout
 from robots.loop import Limits, LogicalClock, LoopConfig, Plan, Samples, bare_loop, deploy
 from robots.mujoco_robot import MujocoRobot
+from robots.safety_filter import SafetyFilter
 from robots.tracking import DirectTracker, PDTracker
 
 TWO = Limits(-np.ones(2), np.ones(2))
@@ -192,6 +193,41 @@ def test_prediction_plans_from_where_the_robot_will_be():
         gaps = np.linalg.norm(positions - state[:2], axis=1)
         errors.append(gaps.min())
     assert max(errors) < 0.05
+
+
+# ---- hazards
+
+
+@pytest.mark.parametrize("kind", ["hazards", "moving-hazards"])
+def test_a_guard_keeps_a_planner_that_knows_no_hazards_out_of_them(kind):
+    def drive(guard):
+        task = robots.make(f"pointmaze-large-{kind}", horizon=300)
+        clock = LogicalClock()
+        robot = MujocoRobot(task, seed=3, now=clock.now)
+        report = deploy(
+            robot, None, limits=TWO, clock=clock, seconds=10.0, step_seconds=0.01,
+            inference=InlineInference(MazePlanner("large", speed=3.0), clock.now, 0.02), guard=guard,
+        )  # fmt: skip
+        assert report.episodes == len(robot.outcomes) >= 3
+        assert report.unsafe_episodes == sum(o.margin < 0 for o in robot.outcomes)
+        assert report.worst_margin <= min(o.margin for o in robot.outcomes)
+        return report, task
+
+    blind, task = drive(None)
+    assert blind.unsafe_episodes > 0
+    assert blind.worst_margin < -0.05
+    assert blind.filtered == 0
+    guarded, _ = drive(SafetyFilter(task.linear_model(), margin=0.02))
+    assert guarded.unsafe_episodes == 0
+    assert guarded.worst_margin > 0
+    assert guarded.filtered > 0
+
+
+def test_a_guards_steps_are_the_loops():
+    task = robots.make("pointmaze-large-hazards")
+    robot = MujocoRobot(task)
+    with pytest.raises(UserError, match="right is 100 Hz"):
+        deploy(robot, None, limits=TWO, guard=SafetyFilter(task.linear_model()), frequency=50.0)
 
 
 # ---- what goes wrong

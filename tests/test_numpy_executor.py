@@ -15,6 +15,8 @@ CALM = {
     "edm": {"churn": 0},
     "sa": {"tau": 0},
     "restart": {"times": 0},
+    "splitting": {"noise": 0},
+    "recurrent": {"times": 1},
     "ddpm": None,
     "ddpm_accelerated": None,
     "dpmpp_2m_sde": None,

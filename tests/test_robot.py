@@ -24,7 +24,7 @@ def clock() -> LogicalClock:
 
 
 def test_features_describe_what_is_returned(clock):
-    for name in ("pointmaze-umaze", "pusht"):
+    for name in ("pointmaze-umaze", "pusht", "pointmaze-large-narrow"):
         robot = MujocoRobot(robots.make(name), now=clock.now)
         features = robot.observation_features  # before connect, as LeRobot's may be asked
         robot.connect()
@@ -142,6 +142,16 @@ def test_adapter_orders_names_and_refuses_what_is_wrong(clock):
     with pytest.raises(KeyError):
         adapter.arrays({k: v for k, v in flat.items() if k != "vx"})
     assert adapter.measured(arrays["state"]) is None
+
+
+def test_hazards_come_as_the_task_has_them():
+    task = robots.make("pointmaze-large-moving-hazards")
+    robot = MujocoRobot(task)
+    robot.connect()
+    adapter = Adapter(robot)
+    assert adapter.shapes == {"state": (4,), "goal": (2,), "hazards": (2, 7)}
+    hazards = adapter.arrays(robot.get_observation())["hazards"]
+    np.testing.assert_array_equal(hazards, task.observation()["hazards"])
 
 
 def test_adapter_checks_images():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -31,8 +32,10 @@ CALLS = {
     "dpm_2": 2,
     "dpmpp_2s": 2,
     "dpm_3": 3,
+    "splitting": 2,
 }  # evaluations a step
-CALM = {"edm": {"churn": 0}, "sa": {"tau": 0}, "restart": {"times": 0}}  # options that take the noise away
+# options that take the noise away
+CALM = {"edm": {"churn": 0}, "sa": {"tau": 0}, "restart": {"times": 0}, "recurrent": {"times": 1}}
 
 
 # -- against diffusers: the same network, noise and steps, in float32, state by state ----------------------------------
@@ -200,6 +203,41 @@ def test_edm_is_that_of_diffusers(diffusers, name, theirs):
     assert_same(states(solver(name, schedule, levels), denoise, x), theirs_states)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("where", ["edm", "vp_linear"])
+@pytest.mark.parametrize(("churn", "low", "high"), [(3.0, 0.0, 1e9), (30.0, 0.0, 1e9), (30.0, 0.05, 4.0)])
+def test_churn_is_that_of_diffusers(diffusers, where, churn, low, high):
+    """Karras et al.'s algorithm 2, as their scheduler has it, on x / alpha: the states after the noise, and after Heun's step."""
+    from diffusers.schedulers.deprecated import scheduling_karras_ve
+
+    schedule, options = RANGES[where][0], {"s_churn": churn, "s_min": low, "s_max": high, "s_noise": 1.007}
+    scheduler = scheduling_karras_ve.KarrasVeScheduler(sigma_min=0.1, sigma_max=6.0, **options)
+    scheduler.set_timesteps(12)
+    sigmas = torch.cat([scheduler.schedule.flip(0), torch.zeros(1)])
+    t = torch.cat([level_at(schedule, -torch.log(sigmas[:-1].double())), torch.zeros(1, dtype=torch.float64)])
+    table = solver("edm", schedule, t, churn=churn, low=low, high=high, noise=1.007)
+    denoise, generator, idle = elementwise(NoiseSchedule.edm(1.0, 1.0)), torch.Generator().manual_seed(1), torch.Generator()
+    y, record = start(schedule) / float(schedule.sigma(ONE)) * sigmas[0], []
+    x = y * float(schedule.alpha(t[0]))
+    for s, end in pairwise(sigmas):
+        stirred = low <= s <= high  # they draw noise where they use none
+        hat, s_hat = scheduler.add_noise_to_input(y, s, generator if stirred else idle)
+        record += [hat] if stirred else []
+        output = (denoise(hat, s_hat) - hat) / s_hat
+        y, slope = scheduler.step(output, s_hat, end, hat, return_dict=False)
+        if end > 0:
+            output = (denoise(y, end) - y) / end
+            y, _ = scheduler.step_correct(output, s_hat, end, hat, y, slope, return_dict=False)
+        record.append(y)
+    ours = []
+    sample(
+        elementwise(schedule), table, x, torch.Generator().manual_seed(1),
+        constrain=lambda x, t: ours.append(x / schedule.alpha(t.double()).float()) or x,
+    )  # fmt: skip
+    assert len(ours) == 12 + sum(low <= s <= high for s in sigmas[:-1].tolist())
+    assert_same(ours, record)
+
+
 @pytest.mark.parametrize(
     ("name", "theirs"), [("euler", "FlowMatchEulerDiscreteScheduler"), ("heun", "FlowMatchHeunDiscreteScheduler")]
 )
@@ -230,6 +268,10 @@ def test_dpmpp_2m_on_the_flow_is_that_of_diffusers(diffusers):
         y = scheduler.step((y - denoise(y, t)) / t, i, y).prev_sample
         record.append(y)
     assert_same(states(solver("dpmpp_2m", schedule, scheduler.sigmas), denoise, x), record)
+
+
+# whose order is that of their deterministic options; splitting's is measured in tests/test_splitting.py
+NOISY = ("ddpm", "ddpm_accelerated", "dpmpp_2m_sde", "splitting")
 
 
 # -- order of convergence ----------------------------------------------------------------------------------------------
@@ -273,7 +315,7 @@ def graded(high: float, low: float, steps: int, order: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in solvers() if name not in ("ddpm", "ddpm_accelerated", "dpmpp_2m_sde")])
+@pytest.mark.parametrize("name", [name for name in solvers() if name not in NOISY])
 @pytest.mark.parametrize("where", RANGES)
 def test_order_of_convergence(name, where):
     """Halving the steps divides the error by 2^order, on a mixture with the exact denoiser."""
@@ -303,6 +345,8 @@ STOCHASTIC = [
     ("dpmpp_2m_sde", {}),
     ("edm", {"churn": 40, "low": 0.0, "high": 1e9}),
     ("restart", {}),
+    ("recurrent", {"times": 3}),
+    ("recurrent", {"base": "ddpm"}),
     ("ddpm_accelerated", {}),
     ("sa", {}),
     ("sa", {"tau": 1.5, "between": (0, 1), "predictor": 3, "corrector": 4}),

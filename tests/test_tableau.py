@@ -1,27 +1,21 @@
-"""The executor and its hooks, tables for levels that differ by token, and the sum rules that every table obeys."""
+"""The executor and its hooks, and tables for levels that differ by token."""
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion import Layout, NoiseSchedule, Row, Tableau, sample, solver, solvers
 from tests.mixture import elementwise
 
 VP = NoiseSchedule.vp_linear()
-NOISY = ("ddpm", "ddpm_accelerated", "dpmpp_2m_sde", "restart")
+NOISY = ("ddpm", "ddpm_accelerated", "dpmpp_2m_sde", "recurrent", "restart")
 DETERMINISTIC = [name for name in solvers() if name not in NOISY]
-CALM = {"edm": {"churn": 0}, "sa": {"tau": 0}}  # options that take the noise away
+CALM = {"edm": {"churn": 0}, "sa": {"tau": 0}, "splitting": {"noise": 0}}  # options that take the noise away
 every = pytest.mark.parametrize("name", solvers())
 calm = pytest.mark.parametrize("name", DETERMINISTIC)
-# all but the expansions in the step
-exact = pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name != "ddim_accelerated"])
+alone = pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name != "ddim_accelerated"])
 
 
 def calmly(name: str, *args, **options) -> Tableau:
@@ -91,7 +85,18 @@ def test_noise_of_a_row_has_its_coefficient_and_comes_from_the_generator():
 
 
 # of seven steps: several a step, but one in a step to t = 0; restart takes two of three more steps down to it
-CALLS = {"heun": 13, "ddim_accelerated": 13, "edm": 13, "dpm_2": 13, "dpmpp_2s": 13, "dpm_3": 19, "midpoint": 14, "restart": 23}
+CALLS = {
+    "heun": 13,
+    "ddim_accelerated": 13,
+    "edm": 13,
+    "dpm_2": 13,
+    "dpmpp_2s": 13,
+    "dpm_3": 19,
+    "midpoint": 14,
+    "recurrent": 14,
+    "restart": 23,
+    "splitting": 13,
+}
 
 
 @every
@@ -99,7 +104,7 @@ def test_evaluations_are_counted(name):
     table, calls = solver(name, VP, 7), []
     sample(lambda x, t: calls.append(t) or torch.zeros_like(x), table, noise(2, 3))
     assert len(calls) == table.evaluations == CALLS.get(name, 7)
-    if name not in ("ddim_accelerated", "edm", "restart"):  # which go back
+    if name not in ("ddim_accelerated", "edm", "recurrent", "restart"):  # which go back
         assert [float(t) for t in calls] == sorted((float(t) for t in calls), reverse=True)
 
 
@@ -187,8 +192,8 @@ def test_constrain_follows_every_update_and_has_the_last_word(name):
 
     x = sample(elementwise(VP), solver(name, VP, 4), noise(50), constrain=halve)
     down = [t for t, before in zip(seen, [1.0, *seen]) if t < before]
-    assert [t for t in down if t in (0.75, 0.5, 0.25, 0.0)][:3] == [0.75, 0.5, 0.25]
-    assert (seen == [0.75, 0.5, 0.25, 0.0]) == (name not in ("ddpm_accelerated", "edm", "restart"))
+    assert list(dict.fromkeys(t for t in down if t in (0.75, 0.5, 0.25, 0.0)))[:3] == [0.75, 0.5, 0.25]
+    assert (seen == [0.75, 0.5, 0.25, 0.0]) == (name not in ("ddpm_accelerated", "edm", "recurrent", "restart"))
     assert seen[-1] == 0
     assert x.max() == 0.1
 
@@ -254,7 +259,7 @@ def test_layout_spreads_the_levels_of_groups(name):
     assert torch.equal(out[:, ~mask], x[:, ~mask])
 
 
-@exact
+@alone
 @pytest.mark.parametrize("schedule", [VP, NoiseSchedule.flow()], ids=["vp", "flow"])
 def test_a_matrix_of_levels_runs_every_token_on_its_own(name, schedule):
     """A pyramid: token j begins j steps late, so that early tokens are clean while late ones are still noise."""
@@ -275,151 +280,3 @@ def test_tokens_may_begin_at_a_lower_level(name):
     for token, scale in enumerate((1.0, 0.4)):
         plain = sample(elementwise(VP), calmly(name, VP, scale * steps), x)
         torch.testing.assert_close(out[:, token], plain[:, token], rtol=1e-6, atol=1e-6)
-
-
-# -- sum rules ---------------------------------------------------------------------------------------------------------
-
-schedules = st.one_of(
-    st.builds(NoiseSchedule.vp_linear, st.floats(0.05, 1), st.floats(5, 30)),
-    st.builds(NoiseSchedule.vp_cosine),
-    st.builds(NoiseSchedule.edm, st.floats(5, 100), st.floats(1, 7)),
-    st.builds(NoiseSchedule.flow),
-    st.builds(NoiseSchedule.from_betas, st.lists(st.floats(1e-3, 0.1), min_size=20, max_size=60)),
-)
-
-
-@st.composite
-def falling(draw: st.DrawFn, last: bool = True) -> list[float]:
-    """Two to nine levels from 1 or below it, each between half of the one before and just below it, and perhaps 0 as the last."""
-    start, ratios = (
-        draw(st.one_of(st.floats(0.5, 0.98), st.just(1.0))),
-        draw(st.lists(st.floats(0.5, 0.97), min_size=1, max_size=7)),
-    )
-    levels = [start * math.prod(ratios[:i]) for i in range(len(ratios) + 1)]
-    return [*levels, 0.0] if last and draw(st.booleans()) else levels
-
-
-def at(schedule: NoiseSchedule, t: float | Tensor) -> tuple[Tensor, Tensor]:
-    t = torch.as_tensor(t, dtype=torch.float64)
-    return schedule.alpha(t), schedule.sigma(t)
-
-
-@exact
-@settings(max_examples=50, deadline=None)
-@given(schedule=schedules, levels=falling())
-def test_constant_predictions_keep_the_marginal(name, schedule, levels):
-    """For d = c, x_s = alpha_s c + sigma_s e goes to alpha_t c + sigma_t e, whatever e: the method is consistent."""
-    c, e = noise(5, seed=1), noise(5, seed=2)
-    tolerance = 1e-12
-    if name.startswith(("deis", "dpm_")):  # they divide by alpha, and their rounding errors with it
-        levels = [0.98 * t for t in levels]
-        tolerance /= float(at(schedule, levels[0])[0])
-    a, s = at(schedule, levels[0])
-    record = states(lambda x, t: c, calmly(name, schedule, levels), a * c + s * e)
-    assert [float(t) for t, _ in record] == levels[1:]
-    for t, x in record:
-        a, s = at(schedule, t)
-        torch.testing.assert_close(x, a * c + s * e, rtol=1e-12, atol=tolerance)
-
-
-@settings(max_examples=50, deadline=None)
-@given(schedule=schedules, levels=falling(), eta=st.floats(0, 1))
-def test_stochastic_steps_keep_the_marginal(schedule, levels, eta):
-    """For d = c, x_s ~ N(alpha_s c, sigma_s^2) goes to N(alpha_t c, sigma_t^2); large variance keeps the mean."""
-    for name, options in (("ddim", {"eta": eta}), ("ddpm", {}), ("ddpm", {"variance": "large"})):
-        for row in solver(name, schedule, levels, **options).rows:
-            (a_s, s_s), (a_t, s_t) = at(schedule, row.t), at(schedule, row.t_next)
-            torch.testing.assert_close(row.U_x * a_s + row.U_d, a_t, rtol=1e-12, atol=1e-12)
-            variance = row.U_x**2 * s_s**2 + row.U_z**2
-            if options.get("variance") == "large":
-                assert variance >= s_t**2 - 1e-12
-            else:
-                torch.testing.assert_close(variance, s_t**2, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["heun", "midpoint"])
-@settings(max_examples=50, deadline=None)
-@given(schedule=schedules, levels=falling(last=False))
-def test_runge_kutta_is_exact_for_slopes_that_are_linear(name, schedule, levels):
-    """With w = sigma / c and the slope (x_hat - D) / w = k + q w, x_hat = p + k w + q w^2 / 2."""
-    p, q, k = noise(3, 5, seed=4)
-
-    def w_c(t: Tensor | float) -> tuple[Tensor, Tensor]:
-        a, s = at(schedule, t)
-        c = a if at(schedule, levels[0])[0] > 0 else a + s
-        return s / c, c
-
-    def exact(t: Tensor | float) -> Tensor:
-        w, c = w_c(t)
-        return c * (p + k * w + q * w**2 / 2)
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        w, c = w_c(t)
-        return x / c - w * (k + q * w)
-
-    for t, x in states(denoise, solver(name, schedule, levels), exact(levels[0])):
-        scale = float(w_c(levels[0])[0] ** 2 + 1)
-        torch.testing.assert_close(x, exact(t), rtol=1e-12, atol=1e-12 * scale)
-
-
-@settings(max_examples=50, deadline=None)
-@given(schedule=schedules, levels=falling())
-def test_dpmpp_2m_weighs_linear_predictions_by_the_midpoint(schedule, levels):
-    """sum_j U_j (lambda_j - lambda_s) = alpha_t (1 - e^-h) h / 2: linear predictions enter as at the middle."""
-    rows = solver("dpmpp_2m", schedule, levels).rows
-    lmbda = [schedule.log_snr(torch.tensor(t, dtype=torch.float64)) for t in levels]
-    for i, row in enumerate(rows):
-        h = lmbda[i + 1] - lmbda[i]
-        if i == 0 or not (h.isfinite() and lmbda[i - 1].isfinite()):
-            assert sum(row.U) == 0
-            continue
-        expected = at(schedule, levels[i + 1])[0] * -torch.expm1(-h) * h / 2
-        torch.testing.assert_close(row.U[0] * (lmbda[i - 1] - lmbda[i]), expected, rtol=1e-12, atol=1e-12)
-
-
-@settings(max_examples=50, deadline=None)
-@given(schedule=schedules, levels=falling(last=False))
-def test_dpmpp_2s_evaluates_at_the_middle(schedule, levels):
-    """In lambda, and with the whole weight there: linear predictions enter as they are at the middle."""
-    if at(schedule, levels[0])[0] == 0:
-        return
-    rows = [row for row in solver("dpmpp_2s", schedule, levels).rows if row.updates]
-    for row, s, t in zip(rows, levels, levels[1:]):
-        lmbda = [schedule.log_snr(torch.as_tensor(level, dtype=torch.float64)) for level in (s, row.t, t)]
-        torch.testing.assert_close(lmbda[1], (lmbda[0] + lmbda[2]) / 2, rtol=1e-12, atol=1e-12)
-        assert row.U[0] == 0
-        expected = at(schedule, t)[0] * -torch.expm1(lmbda[0] - lmbda[2])
-        torch.testing.assert_close(torch.as_tensor(row.U_d, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
-
-
-NODES, MASSES = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(40))
-# name -> options, what is interpolated, how many rows until all of the method is in use
-INTERPOLATED = {
-    "deis_1": ({}, "noise", 0),
-    "deis_2": ({}, "noise", 1),
-    "deis_3": ({}, "noise", 2),
-    "dpmpp_3m": ({}, "data", 2),
-    "unipc_3": ({}, "data", 3),
-    "sa": ({"tau": 0.7, "between": (0, 1), "predictor": 3, "corrector": 4}, "data", 3),
-}
-
-
-@pytest.mark.parametrize("name", INTERPOLATED)
-@settings(max_examples=50, deadline=None)
-@given(schedule=schedules, levels=falling(last=False))
-def test_adams_methods_integrate_polynomials_exactly(name, schedule, levels):
-    """sum_j U_j (lambda_j - lambda_s)^k is the integral of the method's exponential times that power, by Gauss's quadrature."""
-    options, what, full = INTERPOLATED[name]
-    if at(schedule, levels[0])[0] == 0:
-        levels = [0.99 * t for t in levels]
-    kappa = -1.0 if what == "noise" else 1 + options.get("tau", 0.0) ** 2
-    lmbda = schedule.log_snr(torch.tensor(levels, dtype=torch.float64))
-    for i, row in enumerate(solver(name, schedule, levels, **options).rows[full:], full):
-        a, s = at(schedule, levels[i + 1])
-        h = lmbda[i + 1] - lmbda[i]
-        after, scale = h * (NODES + 1) / 2, -s if what == "noise" else a * kappa
-        weights = torch.tensor([row.U_d, *row.U], dtype=torch.float64)
-        for k in range(min(full, 2) + 1):
-            terms = weights * (lmbda[i - torch.arange(len(weights))] - lmbda[i]) ** k
-            exact = scale * (h / 2 * MASSES * torch.exp(-kappa * (h - after)) * after**k).sum()
-            assert abs(terms.sum() - exact) <= 1e-12 * (1 + terms.abs().sum())

@@ -163,7 +163,8 @@ class DiffusionWorldModel(WorldModel):
         state = (self.frame.enter(future, outlook.scene.origin) - outlook.forecast) / outlook.usual
         x_0 = self.pack(outlook, state, batch["reward"][:, self.h - 1 : -1, None] if self.reward else None)
         levels, clean = self.levels(len(x_0), generator), self.clean.expand(len(x_0), self.T, -1)
-        loss = self.denoiser.loss(x_0, generator, condition=outlook, levels=levels, clean=clean)
+        perturbation = float(self.config.get("input_perturbation", 0.0))
+        loss = self.denoiser.loss(x_0, generator, condition=outlook, levels=levels, clean=clean, perturbation=perturbation)
         return loss, {"loss": loss.detach()}
 
     def predict(

@@ -22,12 +22,17 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_network(name: str, features: int, horizon: int, groups: int, condition_dim: int = 0, **config: Any) -> nn.Module:
-    """The network called `name`; `config` are its own arguments. Unknown names and arguments raise `UserError`."""
+def build_network(
+    name: str, features: int, horizon: int, groups: int, condition_dim: int = 0, outputs: int = 0, **config: Any
+) -> nn.Module:
+    """The network called `name`; `config` are its own arguments. Unknown names and arguments raise `UserError`.
+
+    outputs: how many a token, as many as features where 0.
+    """
     if name not in NETWORKS:
         raise nearest("network", name, NETWORKS)
-    check_options(f"network '{name}'", NETWORKS[name], config, given=4)
-    return NETWORKS[name](features, horizon, groups, condition_dim, **config)
+    check_options(f"network '{name}'", NETWORKS[name], config, given=5)
+    return NETWORKS[name](features, horizon, groups, condition_dim, outputs, **config)
 
 
 __all__ = ["NETWORKS", "FourierFeatures", "ImageEncoder", "ResidualMLP", "TemporalUNet", "Transformer", "build_network"]

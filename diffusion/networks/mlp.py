@@ -45,6 +45,7 @@ class ResidualMLP(nn.Module):
         horizon: int,
         groups: int,
         condition_dim: int = 0,
+        outputs: int = 0,
         width: int = 512,
         depth: int = 4,
         expansion: int = 2,
@@ -54,7 +55,8 @@ class ResidualMLP(nn.Module):
         precise: bool = False,
     ) -> None:
         super().__init__()
-        self.shape, self.precise = (horizon, features), precise
+        outputs = outputs or features
+        self.shape, self.precise = (horizon, outputs), precise
         # the highest level of the chunk as sinusoids, every token's level as it is
         self.level = LevelEmbedding(1, level_width)
         inputs = horizon * features + horizon * groups + condition_dim
@@ -62,10 +64,10 @@ class ResidualMLP(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(width, expansion, dropout, level_width) for _ in range(depth))
         self.add_level = nn.Linear(level_width, width)
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, horizon * features)
+        self.out = nn.Linear(width, horizon * outputs)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.shortcut = nn.Linear(inputs, horizon * features, bias=False) if shortcut else None
+        self.shortcut = nn.Linear(inputs, horizon * outputs, bias=False) if shortcut else None
         if self.shortcut is not None:
             nn.init.zeros_(self.shortcut.weight)
 

@@ -60,6 +60,7 @@ class TemporalUNet(nn.Module):
         horizon: int,
         groups: int,
         condition_dim: int = 0,
+        outputs: int = 0,
         width: int = 32,
         multipliers: Sequence[int] = (1, 2, 4),
         kernel: int = 5,
@@ -80,11 +81,9 @@ class TemporalUNet(nn.Module):
         self.downs = nn.ModuleList(Blocks([block(i, o), block(o, o)]) for i, o in pairs)
         self.shrinks = nn.ModuleList(nn.Conv1d(o, o, 3, stride=2, padding=1) for o in widths[:-1])
         self.middle = Blocks([block(widths[-1], widths[-1]), block(widths[-1], widths[-1])])
-        self.grows = nn.ModuleList(
-            nn.ConvTranspose1d(o, i, 4, stride=2, padding=1) for i, o in reversed(list(pairwise(widths)))
-        )
+        self.grows = nn.ModuleList(nn.ConvTranspose1d(o, i, 4, stride=2, padding=1) for i, o in reversed(list(pairwise(widths))))
         self.ups = nn.ModuleList(Blocks([block(2 * i, i), block(i, i)]) for i in reversed(widths[:-1]))
-        self.last = nn.Sequential(ConvBlock(width, width, kernel), nn.Conv1d(width, features, 1))
+        self.last = nn.Sequential(ConvBlock(width, width, kernel), nn.Conv1d(width, outputs or features, 1))
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         horizon = x.shape[1]

@@ -63,6 +63,7 @@ class Transformer(nn.Module):
         horizon: int,
         groups: int,
         condition_dim: int = 0,
+        outputs: int = 0,
         width: int = 256,
         depth: int = 2,
         heads: int = 4,
@@ -80,14 +81,12 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, expansion, causal) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.last_modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, features)
+        self.out = nn.Linear(width, outputs or features)
         for layer in (self.modulation, self.last_modulation, self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(
-        self, x: Tensor, t: Tensor, condition: Tensor | None = None, pattern: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None, pattern: Tensor | None = None) -> Tensor:
         c = self.level(t)
         if self.condition is not None:
             assert condition is not None, "this network needs a condition"

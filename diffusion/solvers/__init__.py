@@ -12,7 +12,23 @@ from torch import Tensor
 from diffusion._options import check_options
 from diffusion.layout import Layout
 from diffusion.schedule import NoiseSchedule
-from diffusion.solvers import accelerated, ddim, deis, dpm, dpmpp, edm, restart, runge_kutta, sa, unipc
+from diffusion.solvers import (
+    accelerated,
+    conjugate,
+    dc,
+    ddim,
+    deis,
+    dpm,
+    dpm_v3,
+    dpmpp,
+    edm,
+    recurrent,
+    restart,
+    runge_kutta,
+    sa,
+    splitting,
+    unipc,
+)
 from diffusion.solvers._spacing import SPACINGS
 from diffusion.tableau import Row, Tableau
 from pilotwave.errors import UserError, nearest
@@ -29,6 +45,7 @@ SOLVERS: dict[str, tuple[Callable[..., list[Row]], int]] = {
     "dpm_1": (dpm.dpm_1, 1),
     "dpm_2": (dpm.dpm_2, 2),
     "dpm_3": (dpm.dpm_3, 3),
+    "dpm_v3": (dpm_v3.dpm_v3, 3),
     "dpmpp_2s": (dpmpp.dpmpp_2s, 2),
     "dpmpp_2m": (dpmpp.dpmpp_2m, 2),
     "dpmpp_3m": (dpmpp.dpmpp_3m, 3),
@@ -40,6 +57,10 @@ SOLVERS: dict[str, tuple[Callable[..., list[Row]], int]] = {
     "midpoint": (runge_kutta.midpoint, 2),
     "edm": (edm.edm, 2),
     "restart": (restart.restart, 2),
+    "recurrent": (recurrent.recurrent, 1),
+    "conjugate": (conjugate.conjugate, 1),
+    "dc": (dc.dc, 3),
+    "splitting": (splitting.splitting, 1),
     "ddim_accelerated": (accelerated.ddim_accelerated, 2),
     "ddpm_accelerated": (accelerated.ddpm_accelerated, 1),
 }
@@ -63,8 +84,8 @@ def solver(
     """The table of a solver.
 
     steps: how many, from 1 to 0 with the spacing called `spacing` (SPACINGS: uniform in t, quadratic, log_snr, karras, ays_sd,
-    ays_sdxl, ays_svd), or a decreasing sequence of t that ends at 0 or a small t (a tensor (steps + 1, 1, horizon, groups)
-    gives every token levels of its own). tokens (horizon, groups) in [0, 1] multiplies
+    ays_sdxl, ays_svd), or a decreasing sequence of t that ends at 0 or a small t. A tensor (steps + 1, 1, horizon, groups)
+    gives every token levels of its own (`diffusion.level_matrices` builds some). tokens (horizon, groups) in [0, 1] multiplies
     the levels: 0 for what is known and stays as it is. A layout spreads groups over features. Options go to the solver.
     Errors: `UserError` for unknown names, levels that do not decrease, and a solver that the schedule does not define.
     """
@@ -95,5 +116,13 @@ def _levels(steps: int | Sequence[float] | Tensor, schedule: NoiseSchedule, spac
         levels = torch.empty(0)
     inside = bool(((levels >= 0) & (levels <= 1)).all())
     if levels.ndim == 0 or len(levels) < 2 or not inside or bool((levels[1:] > levels[:-1]).any()):
-        raise UserError(f"sampler steps must be a whole number, or at least two levels in [0, 1], falling; got {steps}")
+        got = f"a tensor {tuple(steps.shape)}" if isinstance(steps, Tensor) else steps
+        raise UserError(f"sampler steps must be a whole number, or at least two levels in [0, 1], falling; got {got}")
+    if levels.ndim not in (1, 4):
+        raise UserError(f"a matrix of levels must be (steps + 1, 1, horizon, 1 or groups); got {tuple(levels.shape)}")
     return levels
+
+
+def spaced(schedule: NoiseSchedule, steps: int, spacing: str = "uniform") -> Tensor:
+    """The levels (steps + 1,) that `solver` takes for this number of steps. Errors: `UserError` for an unknown spacing."""
+    return _levels(steps, schedule, spacing)

@@ -42,18 +42,21 @@ def moments(z: Tensor, count: int) -> list[Tensor]:
     return [torch.where(near, a, b) for a, b in zip(series, M)]
 
 
-def weights(z: Tensor, total: Tensor, scale: Tensor, nodes: Sequence[Tensor], order: Tensor, average: str | None) -> list[Tensor]:
+def weights(
+    z: Tensor, total: Tensor, scale: Tensor, nodes: Sequence[Tensor], order: Tensor, average: Sequence[str | None]
+) -> list[Tensor]:
     """Weights of the prediction at u = 0 and of those at `nodes`, for the polynomial through the first `order` of them.
 
-    `scale` int_0^1 e^(-z (1 - u)) p(u) du, whose value for p = 1 is `total`. `average` replaces the mean of u in formulas with
-    two predictions: "bh1" M_1 by 1 / 2, "bh2" by M_0 / 2 (UniPC's B(h); DPM-Solver++ 2M is bh2).
+    `scale` int_0^1 e^(-z (1 - u)) p(u) du, whose value for p = 1 is `total`. `average`, one a step, replaces the mean of u in
+    formulas with two predictions: "bh1" M_1 by 1 / 2, "bh2" by M_0 / 2 (UniPC's B(h); DPM-Solver++ 2M is bh2).
     """
     M = moments(torch.where(order > 1, z, torch.ones_like(z)), len(nodes) + 1)
     # nodes that a token does not have may stand anywhere
     safe = torch.stack([torch.where(order > j + 1, u, torch.full_like(u, -1.0 - j)) for j, u in enumerate(nodes)] or [z], -1)
     w = [torch.zeros_like(z) for _ in nodes]
     for q in range(1, len(nodes) + 1):
-        mean = {None: M[1], "bh1": torch.full_like(z, 0.5), "bh2": M[0] / 2}[average if q == 1 else None]
+        means = {None: M[1], "bh1": torch.full_like(z, 0.5), "bh2": M[0] / 2}
+        mean = M[1] if q > 1 else torch.stack([means[kind][i] for i, kind in enumerate(average)])
         right = torch.stack([mean, *M[2 : q + 1]], -1)
         powers = torch.stack([safe[..., :q] ** k for k in range(1, q + 1)], -2)
         solution = torch.linalg.solve(powers, right)
@@ -65,17 +68,17 @@ def weights(z: Tensor, total: Tensor, scale: Tensor, nodes: Sequence[Tensor], or
 def adams(
     schedule: NoiseSchedule,
     levels: Tensor,
-    predictor: int,
-    corrector: int = 0,
+    predictor: int | Sequence[int],
+    corrector: int | Sequence[int] = 0,
     *,
     noise: bool = False,
     tau: Tensor | None = None,
-    average: str | None = None,
+    average: str | Sequence[str | None] | None = None,
 ) -> list[Row]:
     """Rows of the method with `predictor` predictions in its predictor and `corrector` in its corrector (0: none).
 
-    tau (steps, ...) or None for the ODE. The first steps have a lower order, for want of earlier predictions, and so have the
-    last ones where they end at t = 0 (h = inf), as in the papers' code.
+    These and `average` may differ by step. tau (steps, ...) or None for the ODE. The first steps have a lower order, for want
+    of earlier predictions, and so have the last ones where they end at t = 0 (h = inf), as in the papers' code.
     """
     alpha, sigma = at(schedule, levels)
     if noise:
@@ -93,8 +96,11 @@ def adams(
         U_x = s_t / s_s * torch.where(spread > 0, torch.exp(-spread * h), one)
         scale, total = a_t * kappa * h, a_t * -torch.expm1(-kappa * h)
 
+    p, c = _each(predictor, h), _each(corrector, h)
+    averages = [average] * len(h) if average is None or isinstance(average, str) else average
     # where the earlier predictions are, and how many of them a step can use: levels that differ, and are not clean
-    memory = max(predictor, corrector)
+    most, corrects = int(p.max()), int(c.max())
+    memory = max(most, corrects)
     nodes, have, falls = [], one, one
     for j in range(1, memory):
         earlier, later = _shift(lmbda[:-1], j), _shift(lmbda[:-1], j - 1)
@@ -105,15 +111,15 @@ def adams(
     have = torch.where(sigma[-1] <= 0, torch.minimum(have, left), have)
     finite = torch.isfinite(h) & ~same
 
-    order = torch.where(finite, have.clamp_max(predictor), one)
-    b = weights(kappa * h, total, scale, nodes[: predictor - 1], order, average)
+    order = torch.where(finite, torch.minimum(have, p), one)
+    b = weights(kappa * h, total, scale, nodes[: most - 1], order, averages)
     U = b = b + [zero] * (memory + 1 - len(b))
-    if corrector:
-        order = torch.where(finite, (have + 1).clamp_max(corrector), one)
-        c = weights(kappa * h, total, scale, [one, *nodes[: corrector - 2]], order, average)
+    if corrects:
+        order = torch.where(finite, torch.minimum(have + 1, c), one)
+        w = weights(kappa * h, total, scale, [one, *nodes[: corrects - 2]], order, averages)
         # newest first: at the end of the step, at its start, before it; less what the predictor has given
-        c = [c[1], c[0], *c[2:]] + [zero] * (memory + 1 - len(c))
-        change = [torch.where(finite, w - given, zero) for w, given in zip(c, [zero, *b])]
+        w = [w[1], w[0], *w[2:]] + [zero] * (memory + 1 - len(w))
+        change = [torch.where(finite & (c > 0), corrected - given, zero) for corrected, given in zip(w, [zero, *b])]
         U = [w + U_x * torch.where(same, zero, torch.cat([zero[:1], d[:-1]])) for w, d in zip(b, change)]
     U_z = s_t * torch.sqrt(torch.where(spread > 0, -torch.expm1(-2 * spread * h), zero))
 
@@ -128,6 +134,12 @@ def adams(
         U_i = tuple(held[1:])
         rows.append(Row(levels[i], levels[i + 1], hold(U_x[i], same[i], 1.0), U_d, U_i, hold(U_z[i], same[i], 0.0), K=K))
     return rows
+
+
+def _each(count: int | Sequence[int], h: Tensor) -> Tensor:
+    """One number a step, against h (steps, ...)."""
+    numbers = torch.tensor(list(count) if isinstance(count, Sequence) else [count] * len(h), dtype=h.dtype)
+    return numbers.reshape((-1,) + (1,) * (h.ndim - 1))
 
 
 def _shift(x: Tensor, j: int) -> Tensor:

@@ -12,7 +12,7 @@ from pilotwave.config import plain
 from pilotwave.console import metrics_table, writable, write_json
 from pilotwave.errors import UserError
 from pilotwave.plugins import LOADED, load_plugins
-from pilotwave.runs import compose_for, controller, given, load, run_folder, task_of
+from pilotwave.runs import compose_for, controller, given, guard, load, run_folder, task_of
 
 
 def run(overrides: Sequence[str]) -> None:
@@ -39,6 +39,7 @@ def run(overrides: Sequence[str]) -> None:
         replan=cfg.replan,
         delay=cfg.delay,
         on_tick=film.tick if film else None,
+        guard=guard(cfg, task),
         **plain(cfg.robot.loop),
     )
     metrics_table(report.to_json(), f"{folder} on {cfg.robot.name}")

@@ -3,28 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from omegaconf import DictConfig
-
-from pilotwave.config import plain
 from pilotwave.console import metrics_table, progress, writable, write_json
-from pilotwave.errors import UserError
-from pilotwave.runs import compose_for, controller, given, load, run_folder, task_of
-
-
-def guard(cfg: DictConfig, task: Any) -> Any:
-    """The filter of actions that `filter:` asks for, or None."""
-    settings = plain(cfg.filter)
-    if not settings.pop("active"):
-        return None
-    from robots.barriers import build
-    from robots.safety_filter import SafetyFilter
-
-    model = task.linear_model()
-    if model is None:
-        raise UserError(f"no linear model of {task.spec.name} is known, which filter.active=true needs; leave it out")
-    return SafetyFilter(model, [build(each) for each in settings.pop("barriers")], **settings)
+from pilotwave.runs import compose_for, controller, given, guard, load, run_folder, task_of
 
 
 def run(overrides: Sequence[str]) -> None:

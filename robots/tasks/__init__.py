@@ -16,6 +16,7 @@ _TASKS: dict[str, tuple[str | Callable[..., Task], dict[str, Any]]] = {
     "pointmaze-medium": ("robots.tasks.pointmaze:PointMaze", {"maze": "medium"}),
     "pointmaze-large": ("robots.tasks.pointmaze:PointMaze", {"maze": "large"}),
     "pointmaze-giant": ("robots.tasks.pointmaze:PointMaze", {"maze": "giant"}),
+    "pointmaze-compositional": ("robots.tasks.compositional:CompositionalMaze", {}),
     "pointmaze-large-hazards": ("robots.tasks.hazards:HazardMaze", {"hazards": "published"}),
     "pointmaze-large-narrow": ("robots.tasks.hazards:HazardMaze", {"hazards": "narrow"}),
     "pointmaze-large-random-hazards": ("robots.tasks.hazards:HazardMaze", {"hazards": "random"}),

@@ -25,8 +25,9 @@ class TaskSpec:
     """Facts about a task. Actions are clipped to action_low..action_high (Da,) by `step`.
 
     score: name of the metric in `robots.rollout.SCORES`. reference: (random, expert) returns for D4RL's normalization.
-    images: (H, W, C) of each image key of the observation. final_info: info keys whose value at the episode's end is
-    reported. options: JSON-able arguments for which `robots.make(name, **options)` makes this task again.
+    images: (H, W, C) of each image key of the observation. hazards: how many its "hazards" (n, K, 7) holds. final_info: info keys
+    whose value at the episode's end is reported. options: JSON-able arguments for which `robots.make(name, **options)` makes
+    this task again.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TaskSpec:
     goal_dim: int = 0
     reference: tuple[float, float] | None = None
     images: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    hazards: int = 0
     final_info: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -122,6 +122,7 @@ class HazardMaze(PointMaze):
             score="safe_success_rate",
             source=f"{self.spec.source}; SafeDiffuser (Xiao et al. 2023)",
             reference=None,
+            hazards=len(HAZARDS[hazards](np.random.default_rng(0), self.maze).center),
             final_info=("trapped",),
         )
         rows, columns = self.maze.walls.shape
