@@ -10,6 +10,7 @@ from diffusion.optimal_steps import optimal_steps
 from diffusion.picard import PicardSampler, ddpm_deviation
 from diffusion.schedule import SCHEDULES, NoiseSchedule
 from diffusion.solvers import solver, solvers, spaced
+from diffusion.solvers._fit import Reference
 from diffusion.solvers.dc import fit_ratios
 from diffusion.solvers.dpm_v3 import ModelStatistics, model_statistics
 from diffusion.tableau import Row, Tableau, sample
@@ -26,6 +27,7 @@ __all__ = [
     "NoiseSchedule",
     "NumpySampler",
     "PicardSampler",
+    "Reference",
     "Row",
     "Tableau",
     "ddpm_deviation",

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion._fit import least, trajectory
 from diffusion._options import check_options
 from diffusion.schedule import NoiseSchedule
+from diffusion.solvers._fit import least, moments, trajectory
 from diffusion.solvers._spacing import CLEAN
 from diffusion.tableau import Constrain, Denoise, Tableau, sample
 from pilotwave.errors import UserError, nearest
@@ -209,10 +209,6 @@ def fit_epsilon_scaling(
 
     The distance is Frechet's of the features' means and deviations. It mends whatever a scale mends: the steps' errors as well.
     """
-
-    def moments(x: Tensor) -> Tensor:
-        flat = x.double().flatten(0, -2)
-        return torch.stack([flat.mean(0), flat.std(0)])
 
     true = moments(x_0)
 

@@ -1,13 +1,13 @@
 """A second executor for the same tables, in NumPy, for denoisers that are not torch's (an inference engine's).
 
-State, predictions and noise are rows of one array whose places are known beforehand, so that every combination of a `Row` is one
-vector times that array. No hooks, and one level for all tokens.
+State, predictions, a one and noise are rows of one array whose places are known beforehand, so that every combination of a `Row` is
+one vector times that array; where levels differ by token, one array times it, number by number. No hooks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -24,7 +24,7 @@ class _Step(NamedTuple):
     at: Array | None  # weights of the point to evaluate at; None: the state
     place: int  # of what is kept; 0: nothing
     evaluate: bool
-    keep: tuple[float, float] | None  # of the point and the prediction, in what is kept
+    keep: tuple[Any, Any] | None  # of the point and the prediction, in what is kept
     update: Array | None  # weights of the new state; None: it stays
     noise: tuple[bool, bool]  # drawn before the evaluation, before the update
 
@@ -32,8 +32,8 @@ class _Step(NamedTuple):
 class NumpySampler:
     """sampler(denoise, x_T, rng) -> the clean sample, of x_T's shape, for arrays of `shape` and `dtype`.
 
-    denoise(x, t) -> predicted clean x; x is a view that changes with the next step. Errors: `UserError` for levels that differ by
-    token.
+    denoise(x, t) -> predicted clean x; x is a view that changes with the next step, t () or (1, horizon, groups) where levels
+    differ by token. Errors: `UserError` for tables with what it does not know, and tokens that do not fit the shape.
     """
 
     def __init__(self, table: Tableau, shape: Sequence[int], dtype: DTypeLike = np.float32) -> None:
@@ -42,9 +42,10 @@ class NumpySampler:
             raise UserError("the NumPy sampler knows no learned variance; use diffusion.sample, or variance=small")
         if table.correct is not None:
             raise UserError("the NumPy sampler calls denoisers as they are; use diffusion.sample for a correction")
-        if any(isinstance(row.U_1, Tensor) or row.U_1 != 0 for row in table.rows):
-            raise UserError("the NumPy sampler adds no constants; use diffusion.sample, or dpm_v3 without statistics")
         self.places = table.memory + 1
+        # a row of ones only where constants are added: every row takes time
+        self.ones = any(isinstance(row.U_1, Tensor) or row.U_1 != 0 for row in table.rows)
+        self.width = self.places + 2 + self.ones
         self.steps, newest = [], 0
         for row in table.rows:
             newest += row.evaluate or row.P is not None
@@ -53,48 +54,52 @@ class NumpySampler:
     def _step(self, row: Row, newest: int) -> _Step:
         places = [1 + (newest - j) % self.places for j in range(self.places)]
 
-        def weights(x: Coefficient, history: Sequence[Coefficient], z: Coefficient, skip: int = 0) -> Array:
-            w = np.zeros(self.places + 2, self.dtype)
-            w[0], w[-1] = _number(x), _number(z)
-            for place, c in zip(places[skip:], history):
-                w[place] = _number(c)
+        def weights(x: Coefficient, history: Sequence[Coefficient], z: Coefficient, one: Coefficient = 0.0, skip: int = 0) -> Array:
+            placed = {0: x, **dict(zip(places[skip:], history)), self.places + 1: one, self.width - 1: z}
+            by_token = any(isinstance(c, Tensor) for c in placed.values())
+            w = np.zeros((self.width, *([int(np.prod(self.shape))] if by_token else [])), self.dtype)
+            for place, c in placed.items():
+                w[place] = self._spread(c).reshape(-1) if isinstance(c, Tensor) else c
             return w
 
         # where a row keeps something, places[0] takes it, and what came before follows
         at = weights(*row.P, skip=1) if row.P is not None else None
         history = (row.U_d, *row.U) if row.evaluate else row.U
-        update = weights(row.U_x, history, row.U_z) if row.updates else None
-        keep = None if row.K is None else (_number(row.K[0]), _number(row.K[1]))
-        noise = (at is not None and at[-1] != 0, update is not None and update[-1] != 0)
-        if row.t.numel() != 1:
-            raise _by_token()
-        t = row.t.reshape(()).numpy().astype(self.dtype)
+        update = weights(row.U_x, history, row.U_z, row.U_1) if row.updates else None
+        keep = None if row.K is None else (self._spread(row.K[0]), self._spread(row.K[1]))
+        noise = (at is not None and bool(at[-1].any()), update is not None and bool(update[-1].any()))
+        t = (row.t if row.t.numel() > 1 else row.t.reshape(())).numpy().astype(self.dtype)
         return _Step(t, at, places[0] if row.evaluate or at is not None else 0, row.evaluate, keep, update, noise)
+
+    def _spread(self, c: Coefficient) -> Any:
+        """A coefficient by token, for every number of the state; a number as it is."""
+        if not isinstance(c, Tensor):
+            return c
+        try:
+            return np.broadcast_to(c.numpy(), self.shape).astype(self.dtype)
+        except ValueError:
+            raise UserError(f"the table is for tokens {tuple(c.shape)}, which do not fit samples {self.shape}") from None
 
     def __call__(self, denoise: Callable[[Array, Array], Array], x_T: Array, rng: np.random.Generator | None = None) -> Array:
         rng = np.random.default_rng() if rng is None else rng
-        shape, rows = self.shape, np.zeros((self.places + 2, int(np.prod(self.shape))), self.dtype)
+        shape, rows = self.shape, np.zeros((self.width, int(np.prod(self.shape))), self.dtype)
         rows[0] = x_T.reshape(-1)
+        if self.ones:
+            rows[-2] = 1
         x, z = rows[0].reshape(shape), rows[-1]
         for t, at, place, evaluate, keep, update, noise in self.steps:
             if place:
                 if noise[0]:
                     rng.standard_normal(out=z, dtype=z.dtype)
-                y = x if at is None else (at @ rows).reshape(shape)
+                y = x if at is None else _combine(at, rows).reshape(shape)
                 d = denoise(y, t) if evaluate else y
                 rows[place] = (d if keep is None else keep[0] * y + keep[1] * d).reshape(-1)
             if update is not None:
                 if noise[1]:
                     rng.standard_normal(out=z, dtype=z.dtype)
-                rows[0] = update @ rows
+                rows[0] = _combine(update, rows)
         return x.copy()
 
 
-def _number(c: Coefficient) -> float:
-    if not isinstance(c, int | float):
-        raise _by_token()
-    return float(c)
-
-
-def _by_token() -> UserError:
-    return UserError("the NumPy sampler takes one level for all tokens; use diffusion.sample where levels differ by token")
+def _combine(w: Array, rows: Array) -> Array:
+    return w @ rows if w.ndim == 1 else np.einsum("ij,ij->j", w, rows)

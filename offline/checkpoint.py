@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from offline.algorithm import Algorithm, DataSpec, algorithms
+from offline.fitted import FITTED
 from offline.tables import TUNED, for_other_weights
 from pilotwave.errors import UserError, nearest
 
@@ -326,7 +327,7 @@ def export_checkpoint(run: str | Path, out: str | Path, *, ema_only: bool = True
     write_atomic(folder / CONFIG, _read(Path(run) / CONFIG))
     entries = {key: value for key, value in read_card(run).items() if not key.startswith("sha256")}
     _write_model(folder, kept, {**entries, **card, "stored_as": dtype})
-    for file in Path(run).glob(f"{TUNED}_*.safetensors"):
+    for file in [*Path(run).glob(f"{TUNED}_*.safetensors"), *Path(run).glob(f"{FITTED}_*.safetensors")]:
         write_atomic(folder / file.name, for_other_weights(_read(file), read_card(folder)["sha256"]))
     return folder
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffusion import Tableau, solver
 from diffusion.search.bespoke import frozen, rolled, unrolled
+from offline.fitted import FITTED, OPTIONS, load_fitted, with_corrections
 from pilotwave.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,10 +28,31 @@ TUNED = "tuned"  # the sampler's name
 
 
 def sampler_table(algorithm: Algorithm, sampler: Mapping[str, Any]) -> Tableau:
-    """The Tableau of a sampler {name, steps, ...}; "tuned" is the one beside the weights that the algorithm was loaded with."""
+    """The Tableau of a sampler {name, steps, correction, ...}; "tuned" is the one beside the weights that the algorithm was loaded
+    with, and so are an option's value "fitted" and the corrections that are names alone (`offline.fitted`).
+    """
+    try:
+        key = json.dumps(dict(sampler), sort_keys=True)
+    except TypeError:  # levels as tensors
+        return _made(algorithm, sampler)
+    made: dict[str, Tableau] = algorithm.__dict__.setdefault("_made_tables", {})  # planners ask for theirs with every plan
+    if key not in made:
+        made[key] = _made(algorithm, sampler)
+    return made[key]
+
+
+def _made(algorithm: Algorithm, sampler: Mapping[str, Any]) -> Tableau:
+    return with_corrections(_own_table(algorithm, sampler), algorithm.denoiser.schedule, sampler, algorithm.origin)
+
+
+def _own_table(algorithm: Algorithm, sampler: Mapping[str, Any]) -> Tableau:
     options = dict(sampler)
+    options.pop("correction", None)
     name, steps = options.pop("name"), options.pop("steps")
     if name != TUNED:
+        option, numbers = OPTIONS.get(name, ("", None))
+        if numbers is not None and options.get(option) == FITTED:
+            options[option] = numbers(load_fitted(algorithm.origin, name, sampler))
         return solver(name, algorithm.denoiser.schedule, steps, **options)
     if options:
         raise UserError(f"sampler '{TUNED}' takes no options but steps; got '{next(iter(options))}'")

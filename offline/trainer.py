@@ -319,9 +319,7 @@ class _Report:
             raise writing_error(self.path, error) from error
         losses = "  ".join(f"{key.replace('_', ' ')} {values[key]:.4g}" for key in values if key.endswith("loss"))
         self.bar.update(self.task, losses=losses)
-        if not self.console.is_terminal and (
-            done >= self.steps or time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES
-        ):
+        if not self.console.is_terminal and (done >= self.steps or time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES):
             self.last_line = time.monotonic()
             left = (self.steps - done) / max(rate, 1e-9)
             self.say(f"step {done}/{self.steps}  {losses}  {rate:.3g} steps/s  {left / 60:.1f} minutes left")

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import Classifier, Denoiser, Layout, NoiseSchedule, Tableau, inpaint
+from diffusion import Classifier, Denoiser, Layout, NoiseSchedule, Reference, Tableau, inpaint
 from diffusion.guidance import POTENTIALS, FeynmanKac
 from diffusion.networks import FourierFeatures, build_network
 from diffusion.tableau import Constrain, Select
@@ -196,6 +196,18 @@ class Diffuser(Algorithm):
             info["value_loss"] = value_loss.detach()
             loss = loss + value_loss
         return loss, info
+
+    def reference(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Reference:
+        """A batch of `windows` with what planning would know of it held, for `pilotwave fit`."""
+        x_0 = self.pack(batch)
+        arrival = self.arrivals.train(len(x_0), self.H, generator).to(x_0.device) if self.spec.goal_dim else None
+        clean = self.clean(arrival, len(x_0), x_0.device)
+        mask, noisy = self.layout.levels(clean), (~clean).to(x_0.dtype)
+
+        def pin(x: Tensor, t: Tensor) -> Tensor:
+            return torch.where(mask, x_0, x)
+
+        return Reference(lambda x, t: self.denoiser(pin(x, t), t * noisy), x_0, pin)
 
     def _value(self, x: Tensor, t: Tensor) -> Tensor:
         """V(x_t, t): (B, H, F), levels () or (B,) -> (B,), the mean over a network's outputs."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import Denoiser, Layout, NoiseSchedule, Tableau, sample
+from diffusion import Denoiser, Layout, NoiseSchedule, Reference, Tableau, sample
 from diffusion.networks import ImageEncoder, build_network
 from offline import Algorithm, DataSpec, Normalizer, Windows, register, retime, sampler_table
 from pilotwave.errors import UserError, nearest
@@ -187,7 +187,8 @@ class DiffusionPolicy(Algorithm):
             parts.append(encoder(image.flatten(0, 1)).unflatten(0, image.shape[:2]).flatten(1))
         return torch.cat([part.to(known.dtype) for part in parts], dim=-1)
 
-    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def given(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A batch's chunks (B, T, Da), normalized, and what they are conditioned on."""
         known, chunk = batch["observation"][:, : self.To], batch["action"]
         if self.past:
             groups = self.normalizer(self._differences(batch["observation"], batch["action"]))
@@ -197,7 +198,16 @@ class DiffusionPolicy(Algorithm):
         if noise:
             known = known + noise * torch.randn(known.shape, generator=generator, device=known.device)
         images = {key: batch[key][:, self.now - self.To + 1 : self.now + 1] for key in self.encoders}
-        condition = self.condition(known, images)
+        return chunk, self.condition(known, images)
+
+    def reference(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Reference:
+        """A batch of `windows`, for `pilotwave fit`."""
+        with torch.no_grad():
+            chunk, condition = self.given(batch, generator)
+        return Reference(lambda x, t: self.denoiser(x, t, condition), chunk)
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        chunk, condition = self.given(batch, generator)
         loss = self.denoiser.loss(
             chunk, generator, condition=condition, weighting=self.config["weighting"],
             perturbation=float(self.config.get("input_perturbation", 0.0)),

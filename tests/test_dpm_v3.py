@@ -192,10 +192,23 @@ def test_features_have_statistics_and_tokens_levels_of_their_own():
     torch.testing.assert_close(mixed[:, 2:3], half, rtol=1e-9, atol=1e-9)
 
 
+def test_from_pure_noise_the_first_step_is_ddim_s():
+    schedule = NoiseSchedule.flow()
+    levels, x = [1.0, 0.7, 0.4, 0.0], torch.randn(2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    states: list[list[Tensor]] = []
+    for name, options in (("dpm_v3", {"statistics": smooth(2)}), ("ddim", {})):
+        states.append([])
+        table = solver(name, schedule, levels, **options)
+        sample(elementwise(schedule), table, x, constrain=lambda x, t: states[-1].append(x) or x)
+    torch.testing.assert_close(states[0][0], states[1][0])
+    rest = sample(elementwise(schedule), solver("dpm_v3", schedule, levels[1:], statistics=smooth(2)), states[0][0])
+    torch.testing.assert_close(states[0][-1], rest)
+
+
 def test_mistakes_are_named():
     schedule, ramp = NoiseSchedule.flow(), torch.linspace(-1, 1, 3, dtype=torch.float64)
-    with pytest.raises(UserError, match="not defined at t = 1 of 'flow'"):
-        solver("dpm_v3", schedule, statistics=smooth())
+    with pytest.raises(UserError, match="of 3 features, the levels of 2"):
+        solver("dpm_v3", schedule, torch.rand(1, 1, 4, 2).expand(2, -1, -1, -1), statistics=smooth(3))
     with pytest.raises(UserError, match="dpm_v3's p must be"):
         solver("dpm_v3", schedule, p=4)
     with pytest.raises(UserError, match="must be lambda"):

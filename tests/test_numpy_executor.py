@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import Layout, NoiseSchedule, NumpySampler, Row, Tableau, sample, solver, solvers
+from diffusion import Layout, NoiseSchedule, NumpySampler, Row, Tableau, level_matrices, sample, solver, solvers, spaced
+from diffusion.solvers.dpm_v3 import ModelStatistics
 from pilotwave.errors import UserError
 from tests.mixture import elementwise
 
@@ -79,7 +80,28 @@ def test_noise_comes_from_the_generator_and_has_its_coefficient():
     assert abs(np.corrcoef(first, seen[0])[0, 1]) < 0.03
 
 
-def test_levels_by_token_are_refused():
-    tokens = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
-    with pytest.raises(UserError, match="one level for all tokens"):
-        NumpySampler(solver("ddim", VP, 5, tokens=tokens, layout=Layout(a=1, b=2)), (1, 2, 3))
+@pytest.mark.parametrize("name", [name for name in solvers() if CALM.get(name, {}) is not None and name != "restart"])
+def test_levels_may_differ_by_token(name):
+    """A pyramid with a token that is pinned, over two groups of features; the pinned one keeps every bit."""
+    tokens = torch.tensor([[1.0, 1.0], [0.0, 0.5], [1.0, 1.0]])
+    levels = level_matrices.pyramid(0.98 * spaced(VP, 5), 3, delay=2)
+    table = solver(name, VP, levels, tokens=tokens, layout=Layout(a=1, b=2), **CALM.get(name, {}))
+    x = torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = NumpySampler(table, x.shape, np.float64)(denoise, x.numpy())
+    np.testing.assert_allclose(ours, sample(elementwise(VP), table, x).numpy(), rtol=1e-9, atol=1e-9)
+    assert np.array_equal(ours[:, 1, :1], x[:, 1, :1].numpy())
+
+
+def test_constants_of_rows_are_added():
+    lmbda = torch.tensor([-6.0, 6.0], dtype=torch.float64)
+    statistics = ModelStatistics(lmbda, *(torch.full((2, 3), v, dtype=torch.float64) for v in (0.8, -0.3, 0.2)))
+    table = solver("dpm_v3", VP, 6, statistics=statistics)
+    x = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = NumpySampler(table, x.shape, np.float64)(denoise, x.numpy())
+    np.testing.assert_allclose(ours, sample(elementwise(VP), table, x).numpy(), rtol=1e-9, atol=1e-9)
+
+
+def test_tokens_that_do_not_fit_are_refused():
+    table = solver("ddim", VP, level_matrices.pyramid(5, 3))
+    with pytest.raises(UserError, match=r"tokens \(1, 3, 1\), which do not fit samples \(1, 4, 3\)"):
+        NumpySampler(table, (1, 4, 3))

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import Denoiser, Layout, NoiseSchedule, inpaint, solver
+from diffusion import Denoiser, Layout, NoiseSchedule, inpaint
 from diffusion.networks import build_network
-from offline import DataSpec, register
+from offline import DataSpec, register, sampler_table
 from world_models.base import RewardHead, Scene, WorldModel, spread
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ class DiffusionWorldModel(WorldModel):
 
     def choose(self, sampler: Mapping[str, Any]) -> None:
         """Another sampler {name, steps, ...} for the roll-outs that follow."""
-        options = dict(sampler)
-        self.table = solver(options.pop("name"), self.denoiser.schedule, options.pop("steps"), **options)
+        self.table = sampler_table(self, sampler)
         self.evaluations = self.table.evaluations
 
     def networks(self) -> list[nn.Module]:

@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffusion._fit import least, trajectory
 from diffusion.schedule import NoiseSchedule
 from diffusion.solvers._adams import adams
 from diffusion.solvers._coefficients import plain
+from diffusion.solvers._fit import least, trajectory
 from diffusion.tableau import Coefficient, Constrain, Denoise, Row, Tableau, sample
 from pilotwave.errors import UserError, nearest
 

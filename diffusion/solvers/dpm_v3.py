@@ -107,7 +107,7 @@ def dpm_v3(
 ) -> list[Row]:
     """p predictions in the predictor and p + 1 in the corrector, order p + 1 together; no statistics: those of DPM-Solver++.
 
-    To t = 0, and from alpha = 0, a step is DDIM's, as elsewhere. Where l is not 1 there, alpha = 0 is an error.
+    To t = 0, and from alpha = 0, a step is DDIM's, as elsewhere.
     """
     if p not in (1, 2, 3):
         raise UserError(f"dpm_v3's p must be 1, 2 or 3; got {p}")
@@ -120,8 +120,6 @@ def dpm_v3(
     ems = ModelStatistics(ems.lmbda, *(part.expand(-1, levels.shape[-1]).contiguous() for part in (ems.l, ems.s, ems.b)))
     alpha, sigma = at(schedule, levels)
     lmbda = torch.log(alpha) - torch.log(sigma)
-    if statistics is not None and bool((alpha <= 0).any()):
-        raise UserError(f"dpm_v3's statistics are not defined at t = 1 of '{schedule.name}' (pure noise); begin below it")
     finite = torch.isfinite(lmbda)
     safe = torch.where(finite, lmbda, torch.zeros_like(lmbda))
     L, S, Q = ems.integrals(safe)

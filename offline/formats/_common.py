@@ -113,9 +113,7 @@ class Source:
 _SELECTOR = re.compile(r"^(?P<key>.+?)(?:\[(?P<start>-?\d*)(?P<colon>:?)(?P<stop>-?\d*)\])?$")
 
 
-def join(
-    sources: Mapping[str, Source], selectors: Sequence[str], space: Space
-) -> tuple[np.ndarray, list[str], list[list[Any]]]:
+def join(sources: Mapping[str, Source], selectors: Sequence[str], space: Space) -> tuple[np.ndarray, list[str], list[list[Any]]]:
     """The column "observation" (N, Do) float32, its feature names, and (selector, width) of its parts, from selectors
     like "state", "state[2]", "state[0:2]"."""
     parts: list[tuple[Source, slice, str]] = []

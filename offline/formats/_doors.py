@@ -45,6 +45,4 @@ def is_pickle(path: Path, head: bytes) -> bool:
 
 
 def _pickle(path: Path) -> UserError:
-    return UserError(
-        f"{path}: a pickle, which can run code when loaded; refused: convert it to HDF5, Zarr, npz or LeRobot first"
-    )
+    return UserError(f"{path}: a pickle, which can run code when loaded; refused: convert it to HDF5, Zarr, npz or LeRobot first")

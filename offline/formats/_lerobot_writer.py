@@ -156,9 +156,7 @@ def _png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", color)[1].tobytes()
 
 
-def _write_video(
-    store: TrajectoryStore, path: Path, key: str, frames: np.ndarray, fps: float, rows: list[dict[str, Any]]
-) -> None:
+def _write_video(store: TrajectoryStore, path: Path, key: str, frames: np.ndarray, fps: float, rows: list[dict[str, Any]]) -> None:
     """Episodes end to end in one video, a new file when one is full. Notes each episode's file and times in `rows`."""
     number, i = 0, 0
     while i < len(rows):

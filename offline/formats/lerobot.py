@@ -88,9 +88,7 @@ def _episodes_v3(path: Path, info: dict[str, Any], videos: list[str]) -> list[_E
     episodes = []
     try:
         for row in sorted(rows, key=_episode_index):
-            data = _fill(
-                info["data_path"], path, chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
-            )
+            data = _fill(info["data_path"], path, chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
             found = {}
             for key in videos:
                 chunk, number = row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"]

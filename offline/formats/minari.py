@@ -120,9 +120,7 @@ def _flat(path: Path, number: int, episode: dict[str, Any]) -> dict[str, np.ndar
         if array.dtype.kind not in "fiub":
             return
         if required and len(array) not in (steps, steps + 1):
-            raise UserError(
-                f"{path}: unequal column lengths in episode {number}: '{name}' {len(array)}, 'rewards' {steps}"
-            )
+            raise UserError(f"{path}: unequal column lengths in episode {number}: '{name}' {len(array)}, 'rewards' {steps}")
         if array.ndim and len(array) in (steps, steps + 1):
             columns[name] = array[:steps]
 

@@ -55,9 +55,7 @@ def read(path: Path, options: Options) -> TrajectoryStore:
     ends = np.cumsum([len(e) for e in episodes])
     sources = {"observation": Source.joined(episodes)}
     metadata = {"per_episode": {"tasks": [[task] for task in tasks]}}
-    return assemble(
-        path, sources, options, ends, rename={}, observation=["observation"], metadata=metadata, format="npy"
-    )
+    return assemble(path, sources, options, ends, rename={}, observation=["observation"], metadata=metadata, format="npy")
 
 
 def _columns(path: Path, arrays: dict[str, np.ndarray], options: Options) -> TrajectoryStore:
@@ -92,9 +90,7 @@ def _load(file: Path) -> np.ndarray:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         if "pickle" in str(error).lower() or "object" in str(error).lower():
-            raise UserError(
-                f"{file}: holds pickled objects, which can run code; refused: store plain arrays"
-            ) from error
+            raise UserError(f"{file}: holds pickled objects, which can run code; refused: store plain arrays") from error
         raise UserError(f"{file}: truncated or damaged .npy ({error}); copy or download it again") from error
     except (OSError, EOFError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy or download it again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,22 @@ from diffusion.solvers.unipc import unipc_2
 from diffusion.tableau import Constrain, Denoise, Tableau, sample
 
 _GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What is fitted on: clean data x_0 (B, H, F), a denoiser of the same trajectories, and what holds their known parts."""
+
+    denoise: Denoise
+    x_0: Tensor
+    constrain: Constrain | None = None
+
+    def noise(self, schedule: NoiseSchedule, generator: torch.Generator | None = None) -> Tensor:
+        """Starts x_T."""
+        one = self.x_0.new_ones(())
+        noise = torch.randn(self.x_0.shape, generator=generator, device=self.x_0.device, dtype=self.x_0.dtype)
+        x_T = noise * schedule.sigma(one)
+        return x_T if self.constrain is None else self.constrain(x_T, one)
 
 
 @torch.no_grad()
@@ -49,3 +66,32 @@ def least(error: Callable[[float], float], low: float, high: float, grid: int = 
             found[1] = error(inner[1])
     candidates = dict(zip([*inner, 1.0], [*found, error(1.0)]))
     return min(candidates, key=candidates.__getitem__)
+
+
+@torch.no_grad()
+def to_small_steps(reference: Reference, schedule: NoiseSchedule, table: Tableau, x_T: Tensor, steps: int = 128) -> float:
+    """Root mean square distance of a table's samples to those of many small UniPC steps from the same noise x_T.
+
+    `table` may be corrected, the small steps never are; noise of its own is drawn from seed 0.
+    """
+    levels = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    true = sample(reference.denoise, Tableau("small", tuple(unipc_2(schedule, levels))), x_T, constrain=reference.constrain)
+    return float((_drawn(reference, table, x_T) - true).square().mean().sqrt())
+
+
+@torch.no_grad()
+def to_data(reference: Reference, table: Tableau, x_T: Tensor) -> float:
+    """Frechet's distance between the features' means and deviations of samples and of data, a number a feature."""
+    difference = moments(_drawn(reference, table, x_T)) - moments(reference.x_0)
+    return float(difference.square().sum(0).mean().sqrt())
+
+
+def moments(x: Tensor) -> Tensor:
+    """(2, features): means and deviations over all else."""
+    flat = x.double().flatten(0, -2)
+    return torch.stack([flat.mean(0), flat.std(0)])
+
+
+def _drawn(reference: Reference, table: Tableau, x_T: Tensor) -> Tensor:
+    draws = torch.Generator(x_T.device).manual_seed(0)
+    return sample(reference.denoise, table, x_T, draws, constrain=reference.constrain)
