@@ -3,7 +3,7 @@
     python benchmarks/planner_table.py                                        # all of them: 200 episodes, seed 0
     python benchmarks/planner_table.py giant veteran                          # those whose name holds one of the words
     python benchmarks/planner_table.py giant --episodes 50 --seed 20000 --out /tmp/tuning.json
-    python benchmarks/planner_table.py --replanning                           # how often to plan anew, medium maze
+    python benchmarks/planner_table.py --replanning                           # how often to plan anew, small maze
 
 Each row is one `pilotwave rollout`, whose command is written beside its figures. --replanning gives the second table: new
 plans at every step, every 16 steps and once, in 20 episodes of the small maze a row, for the shipped Diffuser (which learns

@@ -5,7 +5,8 @@ learned distance makes the edges, and a shortest path leads from node to node to
 distribution over tokens, of which the last stands for "not within a window": p(k | o, g), k = 1 .. H - 1 or never, learned
 from places that a window comes to (k tokens later) and as many that other windows come to (never). So a wall parts two
 places that are near each other and that no demonstration joins. A few wrong edges would draw all shortest ways to them, so
-there are several networks, as there, and the most pessimistic counts.
+there are several networks, as there, of which the most pessimistic counts; edges hold both ways (the robot must be able to
+go back); and they are short, since most wrong ones are long.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ class Roadmap(nn.Module):
     """`nodes` places of the data, (nodes, Dg) normalized, and the learned reach between places.
 
     horizon: H, tokens of the windows. sure: how likely a place must be a window's own, rather than another's, for
-    an edge. ensemble: networks.
+    an edge. near: the longest edge, as a share of a window. ensemble: networks.
     """
 
     nodes: Tensor
 
-    def __init__(self, goal_dim: int, horizon: int, nodes: int, sure: float = 0.7, ensemble: int = 3) -> None:
+    def __init__(self, goal_dim: int, horizon: int, nodes: int, sure: float = 0.7, near: float = 0.6, ensemble: int = 3) -> None:
         super().__init__()
-        self.H, self.sure = horizon, sure
+        self.H, self.sure, self.near = horizon, sure, near
         self.register_buffer("nodes", torch.zeros(nodes, goal_dim))
         # H outcomes: tokens 1 .. H - 1, never
         self.reach = nn.ModuleList(Durations(2 * goal_dim, horizon + 1, 128, fourier=6) for _ in range(ensemble))
@@ -53,12 +54,16 @@ class Roadmap(nn.Module):
 
     @torch.no_grad()
     def tokens(self, here: Tensor, there: Tensor) -> Tensor:
-        """Mean tokens (n, m) from places here (n, Dg) to there (m, Dg); infinite where they are not sure to be in reach."""
+        """Mean tokens (n, m) between places here (n, Dg) and there (m, Dg), the slower way; infinite where not sure."""
+        return torch.maximum(self._tokens(here, there), self._tokens(there, here).T)
+
+    def _tokens(self, here: Tensor, there: Tensor) -> Tensor:
         pairs = torch.cat(torch.broadcast_tensors(here[:, None], there[None]), -1)
         every = [torch.cat([reach(rows).float().softmax(-1) for rows in pairs.split(64)]) for reach in self.reach]
         p = torch.stack(every)
-        mean = (p[..., :-1] * torch.arange(1, self.H, device=p.device)).sum(-1) / p[..., :-1].sum(-1)
-        return torch.where(p[..., -1].amax(0) <= 1 - self.sure, mean.amax(0), torch.inf)
+        mean = ((p[..., :-1] * torch.arange(1, self.H, device=p.device)).sum(-1) / p[..., :-1].sum(-1)).amax(0)
+        sure = (p[..., -1].amax(0) <= 1 - self.sure) & (mean <= self.near * (self.H - 1))
+        return torch.where(sure, mean, torch.inf)
 
     @property
     def distance(self) -> Tensor:

@@ -43,7 +43,7 @@ def test_ways_lead_over_known_edges_to_the_goal(monkeypatch):
 def learned():
     """From walks of 5 tokens, half a metre each, forth and back."""
     torch.manual_seed(0)
-    roadmap = Roadmap(2, 5, 60, sure=0.4, ensemble=2)
+    roadmap = Roadmap(2, 5, 60, sure=0.4, near=1.0, ensemble=2)
     optimizer = torch.optim.Adam(roadmap.parameters(), 3e-3)
     rng = np.random.default_rng(0)
     for step in range(200):
