@@ -1,5 +1,5 @@
 """Distance to the answer of many small steps from the same noise, against evaluations, on the shipped checkpoints: solvers with
-steps uniform in t, the best of all solvers and spacings, and the tuned tables.
+steps uniform in t, the best of all solvers and spacings in hindsight, and the tuned tables.
 
     python benchmarks/sampling_error.py          # docs/results/sampling_error.csv and docs/media/sampling_error.png
 
@@ -34,7 +34,7 @@ SETTINGS = {  # what is tried: some decisions of the 4 episodes
 EVALUATIONS = (1, 2, 3, 4, 5, 8, 10, 20, 50, 100)
 DRAWN = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "unipc_2": "UniPC 2", "unipc_3": "UniPC 3", "heun": "Heun"}
 MOST_TRIED = 5  # evaluations up to which all solvers and spacings are tried
-BEST, TUNED = "best of all at any spacing", "tuned"
+BEST, TUNED = "best of all, in hindsight", "tuned"
 Line = tuple[str, str, int, str, float]  # checkpoint, sampler, evaluations, what it is, error
 
 

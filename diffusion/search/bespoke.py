@@ -17,10 +17,14 @@ from torch import Tensor
 
 from diffusion.search.problem import Problem
 from diffusion.tableau import Coefficient, Row, Tableau, sample
+from pilotwave.errors import UserError
 
 
 def unrolled(table: Tableau) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels t (n + 1), a (n) and b (n, n) of any table without fresh noise, float64, the last level its end."""
+    """Levels t (n + 1), a (n) and b (n, n) of any table without fresh noise, float64, the last level its end.
+
+    Errors: `UserError` for coefficients that differ by token.
+    """
     n = table.evaluations
     unit, seen, levels = torch.eye(n + 1, dtype=torch.float64), [], []
 
@@ -30,11 +34,13 @@ def unrolled(table: Tableau) -> tuple[Tensor, Tensor, Tensor]:
         return unit[len(seen)]
 
     # the executor itself, on coefficients: entry 0 counts x_T, entry j + 1 counts d_j
-    last = sample(denoise, table, unit[0])
-    x = torch.stack([*seen, last])
+    points = [sample(denoise, table, unit[0]), *seen]
+    if any(point.numel() > n + 1 for point in points):
+        raise UserError(f"a table of '{table.name}' whose coefficients differ by token cannot be searched from or saved")
+    x = torch.stack([point.flatten() for point in [*points[1:], points[0]]])
     a = x[1:, 0] / x[:-1, 0]
     b = x[1:, 1:] - a[:, None] * x[:-1, 1:]
-    return torch.stack([*levels, table.rows[-1].t_next]), a, b
+    return torch.stack([level.flatten()[0] for level in (*levels, table.rows[-1].t_next)]), a, b
 
 
 def rolled(levels: Tensor, a: Tensor, b: Tensor) -> Tableau:

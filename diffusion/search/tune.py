@@ -19,7 +19,7 @@ from diffusion.search.candidate import METHODS, Candidate
 from diffusion.search.evolutionary import evolve
 from diffusion.search.predictor import predict_and_try
 from diffusion.search.problem import Problem
-from diffusion.solvers import solver, solvers
+from diffusion.solvers import SOLVERS, solver
 from diffusion.solvers._spacing import SPACINGS
 from diffusion.tableau import Tableau
 from pilotwave.errors import UserError
@@ -58,7 +58,7 @@ def hand_made(problem: Problem, evaluations: int, levels: dict[int, Levels] | No
     levels = {} if levels is None else levels
     found: dict[str, Tableau] = {}
     known = set()
-    for name in solvers():
+    for name in SOLVERS:  # the plainest first, whose name a table keeps
         steps = _steps(name, problem.schedule, evaluations)
         if steps is None:
             continue
@@ -66,8 +66,9 @@ def hand_made(problem: Problem, evaluations: int, levels: dict[int, Levels] | No
             levels[steps] = spacings(problem, steps)
         for spacing, chosen in levels[steps].items():
             table = solver(name, problem.schedule, chosen)
-            same = tuple(torch.cat([part.flatten() for part in unrolled(table)]).mul(1e9).round().tolist())
-            if same not in known:
+            numbers = torch.cat([part.flatten() for part in unrolled(table)])
+            same = tuple(numbers.mul(1e9).round().tolist())
+            if same not in known and bool(numbers.isfinite().all()):
                 known.add(same)
                 found[f"{name} {spacing}"] = table
     return found
