@@ -385,6 +385,7 @@ class Diffuser(Algorithm):
         samples: int | None = None,
         track: str | None = None,
         deviation: float | None = None,
+        lookahead: float | None = None,
         arrivals: str | None = None,
         safety: str | None = None,
         margin: float | None = None,
@@ -394,11 +395,12 @@ class Diffuser(Algorithm):
         """This planner for roll-outs and robots.
 
         replan_every: steps between plans, 0 to plan once; samples: plans to choose from; track: "pd" tracks the planned
-        states, "actions" carries out the planned actions; deviation: see PlanController; arrivals: see `plan`. Defaults are
-        the config's `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers` (settings of
-        `robots.barriers.build`) and from the hazards that a task observes; None plans past them.
+        states, "actions" carries out the planned actions; deviation, lookahead: see PlanController; arrivals: see `plan`.
+        Defaults are the config's `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers`
+        (settings of `robots.barriers.build`) and from the hazards that a task observes; None plans past them.
         """
-        control = overlaid(self.config["control"], replan_every=replan_every, samples=samples, track=track, deviation=deviation)
+        given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation}
+        control = overlaid(self.config["control"], **given, lookahead=lookahead)
         settings = sampler or self.config["sampler"]
         if arrivals is not None and arrivals not in ARRIVALS:
             raise nearest("controller.arrivals", str(arrivals), ARRIVALS)
