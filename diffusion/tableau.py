@@ -80,7 +80,7 @@ class Tableau:
     @property
     def stochastic(self) -> bool:
         """Whether fresh noise is added on the way."""
-        return any(not _is(c, 0.0) for row in self.rows for c in (row.U_z, row.P[2] if row.P else 0.0))
+        return self.learned or any(not _is(c, 0.0) for row in self.rows for c in (row.U_z, row.P[2] if row.P else 0.0))
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tableau:
         """The same table on a device, in the precision of the samples; made once and remembered.

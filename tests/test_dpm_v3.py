@@ -201,6 +201,8 @@ def test_from_pure_noise_the_first_step_is_ddim_s():
         table = solver(name, schedule, levels, **options)
         sample(elementwise(schedule), table, x, constrain=lambda x, t: states[-1].append(x) or x)
     torch.testing.assert_close(states[0][0], states[1][0])
+    (only,) = solver("dpm_v3", schedule, 1, statistics=smooth(2)).rows
+    assert (only.U_x, only.U_d) == (0.0, 1.0)
     rest = sample(elementwise(schedule), solver("dpm_v3", schedule, levels[1:], statistics=smooth(2)), states[0][0])
     torch.testing.assert_close(states[0][-1], rest)
 

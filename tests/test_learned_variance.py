@@ -41,6 +41,7 @@ def test_it_is_that_of_diffusers():
     levels = discrete(scheduler, 20)
     table, x, data = solver("ddpm", DISCRETE, levels, variance="learned"), start(DISCRETE, levels[0]), elementwise(DISCRETE)
     assert table.learned
+    assert table.stochastic
     ours = states(table, lambda x, t: (data(x, t), (torch.tanh(x) + 1) / 2), x, torch.Generator().manual_seed(1))
     record, y, generator = [], x, torch.Generator().manual_seed(1)
     for i in scheduler.timesteps:

@@ -165,7 +165,8 @@ def dpm_v3(
         # to sigma = 0: x = D, which is F + (1 - l) x_hat; from alpha = 0: x keeps its noise
         ends = sigma[i + 1] <= 0
         kept = torch.where(ends, torch.zeros_like(safe[i]), sigma[i + 1] / sigma[i])
-        U_x = torch.where(jump, torch.where(ends, (1 - start_l[i]) / alpha[i], kept), alpha[i + 1] / alpha[i] * grown)
+        a = torch.where(alpha[i] > 0, alpha[i], torch.ones_like(alpha[i]))
+        U_x = torch.where(jump, torch.where(ends, (1 - start_l[i]) / a, kept), alpha[i + 1] / a * grown)
         first = torch.where(ends, torch.ones_like(kept), alpha[i + 1] - alpha[i] * kept)
         U = [torch.where(jump, first if j == 0 else torch.zeros_like(first), alpha[i + 1] * w) for j, w in enumerate(weights)]
         if corrector and i < len(levels) - 2:
@@ -176,7 +177,7 @@ def dpm_v3(
         held = [hold(w, same[i], 0.0) for w in U]
         while len(held) > 1 and not torch.as_tensor(held[-1]).any():
             held.pop()
-        K = (plain(-(1 - start_l[i]) / torch.where(alpha[i] > 0, alpha[i], torch.ones_like(alpha[i]))), 1.0)
+        K = (plain(-(1 - start_l[i]) / a), 1.0)
         rows.append(
             Row(
                 given[i],
