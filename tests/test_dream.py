@@ -231,7 +231,8 @@ def test_only_held_out_episodes_are_played_back(tmp_path):
     kept = held_out(str(tmp_path / "data.zarr"), trained)
     assert kept.episodes == 1
     np.testing.assert_array_equal(kept.columns["action"], store.split(1, 0)[1].columns["action"])
-    assert held_out(str(tmp_path / "data.zarr"), {**trained, "data": "elsewhere"}).episodes == store.episodes
+    assert held_out(str(tmp_path / "data.zarr"), {**trained, "data": "elsewhere/data.zarr"}).episodes == kept.episodes
+    assert held_out(str(tmp_path / "data.zarr"), {**trained, "data": "other.zarr"}).episodes == store.episodes
 
 
 def test_a_model_of_another_task_is_refused():

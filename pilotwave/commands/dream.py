@@ -88,11 +88,11 @@ def actions_of(cfg: DictConfig, task: Any, folder: Path) -> tuple[Any, str]:
 
 
 def held_out(data: str, trained: dict[str, Any]) -> TrajectoryStore:
-    """The episodes of `data`; of the training data only those that training held out."""
+    """The episodes of `data`; of the training data, wherever it lies now, only those that training held out."""
     import offline
 
     store = offline.read(data, images=False)
     settings = trained.get("train") or {}
     kept = int(settings.get("held_out") or 0)
-    same = trained.get("data") is not None and Path(trained["data"]).resolve() == Path(data).resolve()
+    same = trained.get("data") is not None and Path(trained["data"]).name == Path(data).name
     return store.split(kept, int(settings.get("seed", 0)))[1] if same and kept else store
