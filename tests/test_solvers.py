@@ -533,3 +533,11 @@ def test_noise_cannot_be_predicted_from_pure_noise(name):
     table = solver(name, schedule, torch.linspace(0.99, 0, 6))
     x = sample(elementwise(schedule), table, start(schedule, 0.99))
     assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["ddim_accelerated", "ddpm_accelerated"])
+@pytest.mark.parametrize("schedule", [NoiseSchedule.edm(), NoiseSchedule.flow()], ids=lambda s: s.name)
+@pytest.mark.parametrize("steps", [1, 10])
+def test_accelerated_samplers_refuse_schedules_by_the_schedule_not_the_steps(name, schedule, steps):
+    with pytest.raises(UserError, match="schedules that keep the variance"):
+        solver(name, schedule, steps)

@@ -17,12 +17,14 @@ from pilotwave.errors import UserError
 
 def _ratios(schedule: NoiseSchedule, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """alpha, sigma, and r of every step."""
-    alpha, sigma = at(schedule, levels)
+    # of the schedule, not of these levels: the linear flow keeps it at both ends
+    alpha, sigma = at(schedule, torch.linspace(0, 1, 9, dtype=torch.float64))
     if not torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-6):
         raise UserError(
             f"the accelerated samplers are made for schedules that keep the variance (vp_linear, vp_cosine, from_betas); got "
             f"'{schedule.name}'"
         )
+    alpha, sigma = at(schedule, levels)
     return alpha, sigma, (alpha[:-1] / alpha[1:]) ** 2
 
 
