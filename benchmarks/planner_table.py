@@ -2,17 +2,23 @@
 
     python benchmarks/planner_table.py                                        # all of them: 200 episodes, seed 0
     python benchmarks/planner_table.py giant veteran                          # those whose name holds one of the words
+    python benchmarks/planner_table.py medium --train 1 2                     # further training seeds of these rows
+    python benchmarks/planner_table.py --decisions                            # the time of a decision alone, of all rows
     python benchmarks/planner_table.py giant --episodes 50 --seed 20000 --out /tmp/tuning.json
     python benchmarks/planner_table.py --replanning                           # how often to decide, medium maze
 
-Each row is one `pilotwave rollout`, whose command is written beside its figures. --replanning gives the second table: decisions
-at every step, every 16 steps and once, in 50 episodes of the medium maze a row.
+Each row is one `pilotwave rollout`, whose command is written beside its figures. --train runs the command on the checkpoint's
+card once more with seed=N, into runs/planners/CHECKPOINT-seedN (it goes on where it was stopped), and rolls that out
+too; the table then shows the mean over training seeds and its range. --decisions is for an idle machine, so that times can be
+compared. --replanning gives the second table: decisions at every step, every 16 steps and once, in 50 episodes of the
+medium maze a row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -21,38 +27,63 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("pointmaze-umaze", "pointmaze-medium", "pointmaze-large", "pointmaze-giant", "pointmaze-compositional")
+TASKS += ("hopper", "walker2d")
 PLANNERS = ("diffuser", "hierarchical", "veteran", "contrastive", "latent", "ldcq", "transformer")
 PLANNERS += ("decision-diffuser", "forcing", "trajectory-diffuser")
 VARIANTS = {"ldcq": ("latent", "controller.selection=q", "controller.samples=24")}  # rows that share a checkpoint
-KEPT = ("success_rate", "return_mean", "first_reach_steps_mean", "evaluations", "decision_ms", "episodes", "seed")
+KEPT = ("success_rate", "return_mean", "normalized_return_mean", "first_reach_steps_mean", "evaluations", "decision_ms")
+KEPT += ("episodes", "seed")
+COLUMNS = {
+    "success, %": lambda r: 100 * r["success_rate"],
+    "return": lambda r: r["return_mean"],
+    "normalized": lambda r: r.get("normalized_return_mean"),
+    "first reach step": lambda r: r["first_reach_steps_mean"],
+}
 REPLANNING = {"every step": 1, "every 16 steps": 16, "once": 0}
 
 
-def rollout(checkpoint: Path, *settings: str) -> dict[str, Any]:
+def pilotwave(*words: str) -> None:
+    """One command of the project, in its folder."""
+    subprocess.run([sys.executable, "-m", "pilotwave", *words], cwd=ROOT, check=True)
+
+
+def rollout(run: Path, *settings: str) -> dict[str, Any]:
     """The kept figures of one `pilotwave rollout`, with its command and what trained the planner."""
-    words = ["rollout", str(checkpoint.relative_to(ROOT)), *settings]
+    words = ["rollout", str(run.relative_to(ROOT)), *settings]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "metrics.json"
-        subprocess.run([sys.executable, "-m", "pilotwave", *words, f"json={result}"], cwd=ROOT, check=True)
+        pilotwave(*words, f"json={result}")
         metrics = json.loads(result.read_text())
-    card = json.loads((checkpoint / "card.json").read_text())
-    figures = {key: metrics[key] for key in KEPT} | {"command": " ".join(["pilotwave", *words])}
+    card = json.loads((run / "card.json").read_text())
+    figures = {key: metrics[key] for key in KEPT if key in metrics} | {"command": " ".join(["pilotwave", *words])}
     return figures | {key: card[key] for key in ("parameters", "steps", "training_seconds")}
 
 
+def train_again(checkpoint: Path, seed: int) -> Path:
+    """The run of the checkpoint's own command with another seed."""
+    program, command, *words = shlex.split(json.loads((checkpoint / "card.json").read_text())["command"])
+    assert (program, command) == ("pilotwave", "train")
+    run = ROOT / "runs" / "planners" / f"{checkpoint.name}-seed{seed}"
+    words = [word for word in words if not word.startswith(("out=", "seed="))]
+    pilotwave("train", *words, f"seed={seed}", f"out={run.relative_to(ROOT)}")
+    return run
+
+
 def table(results: dict[str, Any]) -> str:
-    """Markdown of the comparison."""
-    lines = [
-        "| task | planner | success | return | first reach step | decision p50, ms | evaluations | training steps | parameters |"
-    ]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    """Markdown of the comparison: of each figure its mean over training seeds, and their range where there are several."""
+    heads = ["task", "planner", *COLUMNS, "decision p50, ms", "evaluations", "training steps", "parameters", "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, r in results.items():
-        task, planner = name.split()
-        reach = f"{r['first_reach_steps_mean']:.0f}" if r["first_reach_steps_mean"] else "-"
-        lines.append(
-            f"| {task} | {planner} | {100 * r['success_rate']:.1f} % | {r['return_mean']:.0f} | {reach} | "
-            f"{r['decision_ms']['p50']:.0f} | {r['evaluations']} | {r['steps']} | {r['parameters'] / 1e6:.2f} M |"
-        )
+        seeds = [r, *r.get("seeds", {}).values()]
+        cells = name.split()
+        for figure in COLUMNS.values():
+            values = [value for each in seeds if (value := figure(each)) is not None]
+            digits = 1 if values and max(values) <= 100 else 0
+            text = f"{sum(values) / len(values):.{digits}f}" if values else "-"
+            spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+            cells.append(text + (spread if len(values) > 1 else ""))
+        cells += [f"{r['decision_ms']['p50']:.0f}", f"{r['evaluations']}", f"{r['steps']}", f"{r['parameters'] / 1e6:.2f} M"]
+        lines.append(f"| {' | '.join([*cells, str(len(seeds))])} |")
     return "\n".join(lines)
 
 
@@ -83,6 +114,8 @@ def main() -> None:
     parser.add_argument("words", nargs="*")
     parser.add_argument("--episodes", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, nargs="+", default=[], metavar="SEED")
+    parser.add_argument("--decisions", action="store_true")
     parser.add_argument("--replanning", action="store_true")
     parser.add_argument("--out", help="where the figures go in place of docs/results, then without tables in docs/planners")
     options = parser.parse_args()
@@ -96,10 +129,21 @@ def main() -> None:
         for task in TASKS:
             for planner in PLANNERS:
                 trained, *settings = VARIANTS.get(planner, (planner,))
-                checkpoint, row = ROOT / "checkpoints" / f"{task}-{trained}", f"{task}-{planner}"
-                if checkpoint.exists() and (not options.words or any(word in row for word in options.words)):
-                    results[f"{task} {planner}"] = rollout(checkpoint, *common, *settings)
-                    out.write_text(json.dumps(results, indent=1) + "\n")
+                checkpoint, row = ROOT / "checkpoints" / f"{task}-{trained}", f"{task} {planner}"
+                if not checkpoint.exists() or (options.words and not any(w in f"{task}-{planner}" for w in options.words)):
+                    continue
+                if options.decisions:
+                    timed = rollout(checkpoint, "episodes=1", "horizon=1", f"seed={options.seed}", *settings)
+                    results[row]["decision_ms"] = timed["decision_ms"]
+                elif options.train:
+                    for seed in options.train:
+                        run = train_again(checkpoint, seed)
+                        figures = rollout(run, *common, "timing_decisions=0", *settings)
+                        results[row].setdefault("seeds", {})[str(seed)] = figures
+                else:
+                    others = results.get(row, {}).get("seeds")
+                    results[row] = rollout(checkpoint, *common, *settings) | ({"seeds": others} if others else {})
+                out.write_text(json.dumps(results, indent=1) + "\n")
         order = [f"{task} {planner}" for task in TASKS for planner in PLANNERS]
         results = {row: results[row] for row in order if row in results}
     out.write_text(json.dumps(results, indent=1) + "\n")
