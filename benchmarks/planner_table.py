@@ -80,8 +80,7 @@ def table(results: dict[str, Any]) -> str:
             values = [value for each in seeds if (value := figure(each)) is not None]
             digits = 1 if values and max(values) <= 100 else 0
             text = f"{sum(values) / len(values):.{digits}f}" if values else "-"
-            spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
-            cells.append(text + (spread if len(values) > 1 else ""))
+            cells.append(text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""))
         cells += [f"{r['decision_ms']['p50']:.0f}", f"{r['evaluations']}", f"{r['steps']}", f"{r['parameters'] / 1e6:.2f} M"]
         lines.append(f"| {' | '.join([*cells, str(len(seeds))])} |")
     return "\n".join(lines)
