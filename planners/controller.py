@@ -79,6 +79,13 @@ class PlanController:
         self.begun = np.zeros(n, dtype=np.int64)
         self.goals = np.zeros((n, self.goal_dim))
 
+    def keep(self, rows: np.ndarray) -> None:
+        """Go on with these of the robots alone."""
+        self.begun, self.goals = self.begun[rows], self.goals[rows]
+        if self.plan is not None:
+            actions = None if self.plan.actions is None else self.plan.actions[rows]
+            self.plan = Plan(self.plan.observations[rows], actions, self.plan.values[rows])
+
     def act(self, history: Mapping[str, np.ndarray], step: int) -> Chunk:
         """history: "state" (n, 1, Do), "goal" (n, 1, Dg) where the task has goals -> the references of n plans."""
         state = history["state"][:, -1]

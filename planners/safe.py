@@ -211,6 +211,12 @@ class SafeController(PlanController):
         self.by_way_of = np.full((n, self.goal_dim), np.nan)
         self.ways: list[dict[bytes, np.ndarray]] = [{} for _ in range(n)]  # those found last
 
+    def keep(self, rows: np.ndarray) -> None:
+        super().keep(rows)
+        for name in ("waiting", "waits", "trapped", "traps", "by_way_of"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.ways = [self.ways[i] for i in rows.tolist()]
+
     def act(self, history: Mapping[str, np.ndarray], step: int) -> Chunk:
         """history: "state" (n, 1, Do), "goal" (n, 1, Dg), perhaps "hazards" (n, 1, K, 7) -> references of n safe plans."""
         state, goal = history["state"][:, -1], history["goal"][:, -1]

@@ -63,6 +63,8 @@ class Controller(Protocol):
 
     replan_every: environment steps executed from a chunk before the next decision; 0 plans once an episode.
     history: observations To that `act` wants. evaluations: network calls a decision.
+    A controller that also has `keep(rows)`, which goes on with these rows of its robots alone, is not asked to decide for
+    robots whose episodes have ended; others always see all n.
     """
 
     replan_every: int

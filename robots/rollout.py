@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,12 @@ class History:
 
 
 class Decider:
-    """Calls a controller when it is due and turns its chunk into this step's actions."""
+    """Calls a controller when it is due, for the robots that still act, and turns its chunk into this step's actions."""
 
-    def __init__(
-        self, controller: Controller, spec: TaskSpec, observation: Observation, guard: SafetyFilter | None = None
-    ):
+    def __init__(self, controller: Controller, spec: TaskSpec, observation: Observation, guard: SafetyFilter | None = None):
         self.controller, self.spec, self.guard = controller, spec, guard
         self.history = History(max(1, controller.history), observation)
+        self.rows = np.arange(len(observation["state"]))  # the robots that are decided for
         self.chunk: Chunk | None = None
         self.decided = 0
         self.milliseconds: list[float] = []
@@ -88,7 +87,7 @@ class Decider:
         every = self.controller.replan_every
         if self.chunk is None or again or (every > 0 and step - self.decided >= every):
             began = time.perf_counter()
-            self.chunk = self.controller.act(self.history.arrays, step)
+            self.chunk = self._decide(step)
             self.milliseconds.append(1e3 * (time.perf_counter() - began))
             self.decided = step
         reference = self.controller.tracker.reference(self.chunk, (step - self.decided) * self.spec.dt)
@@ -99,6 +98,27 @@ class Decider:
         actions = self.guard({key: value[:, -1] for key, value in self.history.arrays.items()}, actions)
         self.filtering.append(1e3 * (time.perf_counter() - began))
         return actions
+
+    def _decide(self, step: int) -> Chunk:
+        """A chunk of all robots; those that no longer act have references of 0."""
+        arrays, n = self.history.arrays, len(self.history.arrays["state"])
+        if len(self.rows) == n:
+            return self.controller.act(arrays, step)
+        chunk = self.controller.act({key: value[self.rows] for key, value in arrays.items()}, step)
+
+        def spread(part: np.ndarray) -> np.ndarray:
+            whole = np.zeros((n, *part.shape[1:]), part.dtype)
+            whole[self.rows] = part
+            return whole
+
+        return replace(chunk, references=spread(chunk.references), plan=None if chunk.plan is None else spread(chunk.plan))
+
+    def leave_out(self, finished: np.ndarray) -> None:
+        """Decide no longer for finished robots (n,) bool, where the controller can leave some out."""
+        keep, kept = getattr(self.controller, "keep", None), np.flatnonzero(~finished[self.rows])
+        if keep is not None and 0 < len(kept) < len(self.rows):
+            keep(kept)
+            self.rows = self.rows[kept]
 
 
 def rollout(
@@ -188,9 +208,7 @@ def run_batch(
     decider = Decider(controller, task.spec, observation, guard)
     n = len(seeds)
     zeros = np.zeros(n)
-    kept = Episodes(
-        np.array(seeds), np.zeros(n, int), zeros.copy(), zeros.copy(), zeros - np.inf, np.zeros(n, int), zeros + np.nan
-    )
+    kept = Episodes(np.array(seeds), np.zeros(n, int), zeros.copy(), zeros.copy(), zeros - np.inf, np.zeros(n, int), zeros + np.nan)
     active, latch = np.ones(n, dtype=bool), np.zeros(n)
     again = False
     if recorder is not None:
@@ -217,6 +235,7 @@ def run_batch(
         active &= ~terminated
         if not active.any():
             break
+        decider.leave_out(~active)
     remaining = steps - step - 1
     kept.latched += np.where(kept.first_reach > 0, latch * remaining, 0.0)
     return kept, decider

@@ -252,3 +252,20 @@ def test_robots_never_import_torch():
     light = "import sys, robots, robots.rollout; assert not {'mujoco', 'pymunk', 'cv2'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_robots_that_have_ended_are_not_decided_for():
+    class Leaving(Constant):
+        def keep(self, rows):
+            self.kept.append(rows.tolist())
+
+    plain, leaving = Constant(history=2), Leaving(history=2)
+    leaving.kept = []
+    task = Line(end=3.5)
+    expected = rollout(task, plain, 3, seed=0)
+    metrics = rollout(task, leaving, 3, seed=0)
+    # from x = 0, 1, 2 they end after 4, 3, 2 steps
+    assert metrics["per_episode"] == expected["per_episode"]
+    assert [len(state) for _, state in plain.asked] == [3, 3, 3, 3]
+    assert [state[:, -1, 0].tolist() for _, state in leaving.asked] == [[0, 1, 2], [1, 2, 3], [2, 3], [3]]
+    assert leaving.kept == [[0, 1], [0]]
