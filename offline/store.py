@@ -67,8 +67,9 @@ class TrajectoryStore:
     """Recorded trajectories, end to end.
 
     columns: name -> (N, ...). "observation" (N, Do) and "action" (N, Da) float32; optional "reward" (N,) float32,
-        "terminal" (N,) bool (the episode ended for good there, not by time), "goal" (N, Dg), "image" or camera names
-        uint8 (N, H, W, C), and any further key. Step t holds the observation and the action taken on it.
+        "terminal" (N,) bool (the episode ended for good there, not by time), "cost" (N,) float32 (above 0: the step broke a
+        constraint), "margin" (N,) float32 (how far it was from that, negative where it did), "goal" (N, Dg), "image" or camera
+        names uint8 (N, H, W, C), and any further key. Step t holds the observation and the action taken on it.
     episode_ends: (E,) int64, exclusive ends in rows, increasing, the last one N.
     names: feature names of a column, where known.
     dt: seconds a step, where known.

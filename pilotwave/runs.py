@@ -79,7 +79,7 @@ def task_of(cfg: DictConfig, run: Path) -> Any:
     known = (spec.get("task"), spec.get("observation_dim"), spec.get("action_dim"))
     robots_in_it = 2 if task.spec.apart else 1  # plans are of one
     wanted = (accepted or task.spec.name, task.spec.observation_dim // robots_in_it, task.spec.action_dim // robots_in_it)
-    if known != wanted:
+    if known not in (wanted, (task.spec.name, *wanted[1:])):
         raise UserError(
             f"{run} was trained for {known[0]} ({known[1]} observations, {known[2]} actions), not for "
             f"{wanted[0]} ({wanted[1]} observations, {wanted[2]} actions); give a run of that task"

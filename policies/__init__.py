@@ -5,9 +5,10 @@ from typing import Any
 
 from offline import load_run
 from policies.diffusion_policy import DiffusionPolicy
+from policies.fisor import FISOR
 from policies.held_out import held_out_error
 
-__all__ = ["DiffusionPolicy", "held_out_error", "load"]
+__all__ = ["FISOR", "DiffusionPolicy", "held_out_error", "load"]
 
 
 def load(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Any:

@@ -179,23 +179,31 @@ def behaviour_episodes(
     return columns, facts
 
 
+def constraint_columns(margin: np.ndarray) -> dict[str, np.ndarray]:
+    """What is recorded of steps' margins: as they are, and as costs."""
+    return {"infos/margin": margin.astype(np.float32), "infos/cost": (margin < 0).astype(np.float32)}
+
+
 def _episodes(
     task: Locomotion, policy: GaussianPolicy, n: int, noise: float, rng: np.random.Generator
 ) -> list[dict[str, np.ndarray]]:
     """n whole episodes, D4RL's columns each."""
     state = task.reset(rng.integers(2**30, 2**31, n).tolist())["state"]
     rows: dict[str, list[np.ndarray]] = {name: [] for name in ("observations", "actions", "rewards", "terminals")}
+    further: dict[str, list[np.ndarray]] = {}
     length, over = np.zeros(n, dtype=int), np.zeros(n, dtype=bool)
     for _ in range(task.spec.horizon):
         eps = rng.standard_normal((2, n, task.spec.action_dim), np.float32)
         action = np.clip(policy(state, eps[0]) + noise * eps[1], -1, 1).astype(np.float32)
-        observation, reward, terminated, _ = task.step(action)
+        observation, reward, terminated, info = task.step(action)
         for name, value in zip(rows, (state, action, reward.astype(np.float32), terminated)):
             rows[name].append(value)
+        for name, value in constraint_columns(info["margin"]).items() if "margin" in info else ():
+            further.setdefault(name, []).append(value)
         state, length, over = observation["state"], length + ~over, terminated
         if over.all():
             break
-    columns = {name: np.stack(values, axis=1) for name, values in rows.items()}
+    columns = {name: np.stack(values, axis=1) for name, values in (rows | further).items()}
     return [
         {name: column[i, :end] for name, column in columns.items()} | {"timeouts": np.zeros(end, dtype=bool)}
         for i, end in enumerate(length.tolist())

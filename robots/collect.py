@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pilotwave.errors import UserError
 from robots import replay
-from robots.behaviour import Behaviour, behaviour_episodes
+from robots.behaviour import Behaviour, behaviour_episodes, constraint_columns
 from robots.controller import Chunk, Controller, Tracker
 from robots.replay import Demonstrations, door_replays
 from robots.tasks import Task, make
@@ -144,8 +144,10 @@ def maze_streams(
         reached += len(near)
         action = controller.actions(state, goals)
         kept["o"][step], kept["a"][step], kept["g"][step] = state, action, goals
-        observation = task.step(action)[0]
+        observation, _, _, info = task.step(action)
         kept["r"][step] = np.linalg.norm(observation["state"][:, :2] - fixed, axis=1, keepdims=True) <= GOAL_RADIUS
+        if "margin" in info:
+            kept.setdefault("m", np.empty((length, streams, 1), np.float32))[step] = info["margin"][:, None]
         if progress is not None and (step % 100 == 99 or step == length - 1):
             progress(min(steps, (step + 1) * streams), steps)
     columns = {name: value.swapaxes(0, 1).reshape(-1, value.shape[2])[:steps] for name, value in kept.items()}
@@ -155,7 +157,8 @@ def maze_streams(
 
 
 def maze_columns(kept: Mapping[str, np.ndarray], timeouts: np.ndarray) -> dict[str, np.ndarray]:
-    """D4RL's columns from states "o", actions "a", goals "g" and rewards "r", (steps, width) each."""
+    """D4RL's columns from states "o", actions "a", goals "g", rewards "r" and, where the task has them, margins "m", (steps, width)
+    each."""
     timeouts[-1] = True
     return {
         "observations": kept["o"],
@@ -166,7 +169,7 @@ def maze_columns(kept: Mapping[str, np.ndarray], timeouts: np.ndarray) -> dict[s
         "infos/goal": kept["g"],
         "infos/qpos": kept["o"][:, :2],
         "infos/qvel": kept["o"][:, 2:],
-    }
+    } | (constraint_columns(kept["m"][:, 0]) if "m" in kept else {})
 
 
 def maze_facts(task: PointMaze, noise: float, timeouts: np.ndarray, reached: int) -> dict[str, Any]:
@@ -260,7 +263,8 @@ def collect(
     """Collect `steps` steps on a task (a name of `robots.make` with its options, or a task) and write D4RL HDF5.
 
     Columns in mazes: observations, actions, rewards, terminals (never), timeouts (at the end of each stream), infos/goal (the
-    controller's goal of the moment), infos/qpos, infos/qvel. A reward is the one that its step returns towards the
+    controller's goal of the moment), infos/qpos, infos/qvel; for tasks with constraints infos/margin, that of the state that
+    follows, and infos/cost, 1 where it is negative. A reward is the one that its step returns towards the
     map's fixed goal, as D4RL relabels maze2d: a function of the state that follows. The file's attributes hold the
     facts.
     The same arguments give the same file; it appears complete or not at all, so an interrupted run starts again.
@@ -295,6 +299,8 @@ def collect(
     began = time.perf_counter()
     try:
         data, facts = collector(task, int(steps), seed, usual if noise is None else noise, progress, **more)
+        if "infos/cost" in data:
+            facts |= {"unsafe_steps": int(data["infos/cost"].sum())}
         facts = {"task": task.spec.name, "seed": seed, "steps": int(steps), "dt": task.spec.dt} | facts
         with h5py.File(part, "w") as file:
             for name, column in data.items():

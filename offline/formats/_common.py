@@ -196,7 +196,7 @@ def assemble(
             continue
         dtype = _DTYPES.get(name)
         values = source.load(space, dtype)
-        if name in ("reward", "terminal"):
+        if name in ("reward", "cost", "margin", "terminal"):
             values = values.reshape(len(values), -1)[:, 0] if values.ndim > 1 else values
         elif name == "action":
             values = values.reshape(len(values), -1)
@@ -209,7 +209,14 @@ def assemble(
     return TrajectoryStore(columns, ends, labels, dt, str(path), information)
 
 
-_DTYPES = {"action": np.float32, "reward": np.float32, "goal": np.float32, "terminal": np.bool_}
+_DTYPES = {
+    "action": np.float32,
+    "reward": np.float32,
+    "cost": np.float32,
+    "margin": np.float32,
+    "goal": np.float32,
+    "terminal": np.bool_,
+}
 
 
 def ends_from_flags(last: np.ndarray) -> np.ndarray:

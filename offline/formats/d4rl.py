@@ -1,8 +1,8 @@
 """D4RL's HDF5: flat arrays, episode ends from timeouts or terminals. Fu et al., arXiv:2004.07219.
 
-observations (N, Do), actions (N, Da), rewards (N,), terminals (N,), timeouts (N,), infos/<key> (N, ...); arrays with
-one row an episode (initial_states/qpos) go to metadata["per_episode"]. Files written here add root attributes: dt
-(seconds), names (JSON: column -> feature names).
+observations (N, Do), actions (N, Da), rewards (N,), terminals (N,), timeouts (N,), infos/<key> (N, ...); DSRL's costs (N,)
+(Liu et al., arXiv:2306.09303), here also infos/cost, and infos/margin; arrays with one row an episode (initial_states/qpos) go
+to metadata["per_episode"]. Files written here add root attributes: dt (seconds), names (JSON: column -> feature names).
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ RENAME = {
     "terminals": "terminal",
     "next_observations": "next_observation",
     "infos/goal": "goal",
+    "costs": "cost",
+    "infos/cost": "cost",
+    "infos/margin": "margin",
 }
-_CORE = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+_CORE = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations", "costs")
 
 
 def matches(path: Path) -> bool:

@@ -40,13 +40,15 @@ def run(overrides: Sequence[str]) -> None:
     spec = offline.DataSpec.of(store, facts, cfg.dt)
     if task is not None and settings.get("reward") and "reward" not in store.columns:
         add_rewards(store, task, options)
+    if task is not None and settings.get("feasibility") and not {"margin", "cost"} & store.columns.keys():
+        add_margins(store, task, options)
     algorithm = offline.build(kind, name, spec, settings, cfg.seed)
     about = {"task_options": facts.options} if facts else {}
     about |= {"data": str(cfg.data)}
     card = {**about, "command": shlex.join(["pilotwave", "train", *overrides]), **provenance()}
     metrics = offline.train(algorithm, store, out, training, resume=cfg.resume, full_config=about, card=card)
     metrics_table(metrics, str(out))
-    if training.held_out and hasattr(package, "held_out_error"):
+    if training.held_out and hasattr(package, "held_out_error") and hasattr(algorithm, "recorded"):  # it imitates what was recorded
         parts = store.split(training.held_out, training.seed)
         report = package.held_out_error(package.load(out, device="auto"), *parts, groups=plain(cfg.groups))
         offline.update_card(out, held_out=report)
@@ -106,6 +108,24 @@ def add_rewards(store: Any, task: str, options: Mapping[str, Any]) -> None:
     earned = made.rewards(store.columns["observation"])
     made.close()
     if earned is not None:
-        # a step's reward is that of the state after it; the state after an episode's last step was not recorded
-        following = np.minimum(np.arange(store.steps) + 1, np.repeat(store.episode_ends - 1, store.lengths))
-        store.columns["reward"] = earned[following].astype(np.float32)
+        store.columns["reward"] = earned[following(store)].astype(np.float32)
+
+
+def add_margins(store: Any, task: str, options: Mapping[str, Any]) -> None:
+    """Give data that was recorded without constraints the task's own, where they follow from the state that is reached."""
+    import numpy as np
+
+    import robots
+
+    made = robots.make(task, **options)
+    margins = made.margins(store.columns["observation"])
+    made.close()
+    if margins is not None:
+        store.columns["margin"] = margins[following(store)].astype(np.float32)
+
+
+def following(store: Any) -> Any:
+    """The row of the state after each step, (N,); that of an episode's last step was not recorded, and its own stands for it."""
+    import numpy as np
+
+    return np.minimum(np.arange(store.steps) + 1, np.repeat(store.episode_ends - 1, store.lengths))

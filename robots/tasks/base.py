@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pilotwave.errors import UserError
-from robots.barriers import Barrier
+from robots.barriers import Barrier, values
 from robots.controller import Observation
 from robots.safety_filter import LinearModel
 
@@ -90,6 +90,10 @@ class Task(ABC):
     def rewards(self, states: np.ndarray) -> np.ndarray | None:
         """The reward (k,) that recorded data of this task give for reaching states (k, Do), where it depends on them alone."""
         return None
+
+    def margins(self, states: np.ndarray) -> np.ndarray | None:
+        """info["margin"] (k,) of reaching states (k, Do); None without constraints, or where they do not depend on states alone."""
+        return values(self.barriers, states.astype(np.float64)).min(-1) if self.barriers else None
 
     def reset_recorded(self, rows: Mapping[str, np.ndarray]) -> Observation:
         """Start from recorded steps (a data set's columns, (n, ...) each), at rest where velocities are not recorded."""

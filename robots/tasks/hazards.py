@@ -96,6 +96,7 @@ HAZARDS: dict[str, Callable[[np.random.Generator, MazeMap], Hazards]] = {
     "random": random_hazards,
     "moving": lambda rng, maze: replace(MOVING, phase=rng.uniform(0.0, MOVING.period, 2)),
 }
+STANDING = ("published", "narrow")  # the same in every episode
 
 
 class HazardMaze(PointMaze):
@@ -166,6 +167,12 @@ class HazardMaze(PointMaze):
         b = values(from_rows(hazards.everywhere()), self._grid[None]).min(-1)[0]
         self._free = ndimage.label(self._open & (b >= CLEARANCE))[0]
         return self._free
+
+    def margins(self, states: np.ndarray) -> np.ndarray | None:
+        if self.hazards_option not in STANDING:
+            return None
+        rows = HAZARDS[self.hazards_option](np.random.default_rng(0), self.maze).rows(0.0)
+        return np.asarray(values(from_rows(rows[None]), states[None, :, :2].astype(np.float64)).min(-1)[0])
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, BoolArray, Info]:
         observation, reward, terminated, info = super().step(actions)
