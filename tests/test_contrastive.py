@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import toy_planner
 from omegaconf import OmegaConf
+from toy_planner import GOAL, START, seeded, straight_paths
 
-from offline import DataSpec, TrajectoryStore, load_run, save_run
+from offline import TrajectoryStore, load_run, save_run
 from offline.returns import returns_to_go
 from pilotwave.config import compose
 from pilotwave.errors import UserError
@@ -23,28 +25,11 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def store():
-    """Straight constant-velocity paths, 30 steps an episode; the action is the velocity, the reward the x coordinate."""
-    rng = np.random.default_rng(0)
-    starts, velocity = rng.uniform(-1, 1, (200, 1, 2)), rng.uniform(-1, 1, (200, 1, 2))
-    position = starts + velocity * np.arange(30)[None, :, None] * 0.1
-    observation = np.concatenate([position, np.broadcast_to(velocity, position.shape)], -1).reshape(-1, 4).astype(np.float32)
-    columns = {"observation": observation, "action": observation[:, 2:].copy(), "reward": observation[:, 0].copy()}
-    return TrajectoryStore(columns, np.arange(1, 201) * 30, {}, 0.1, "toy", {})
+    return straight_paths(episodes=200)
 
 
 def build(store, goal_dim=2, **changes):
-    torch.manual_seed(0)
-    spec = DataSpec(task="toy", observation_dim=4, action_dim=2, dt=0.1, goal_dim=goal_dim)
-    planner = ContrastiveDiffuser(spec, config(**changes))
-    planner.prepare(store)
-    return planner.eval()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-START, GOAL = np.array([0.1, -0.2, 0.5, 0.0], np.float32), np.array([0.4, 0.3], np.float32)
+    return toy_planner.build(ContrastiveDiffuser, config(**changes), store, goal_dim)
 
 
 def test_the_contrast_is_the_papers_formula():

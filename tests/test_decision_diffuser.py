@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import toy_planner
 from omegaconf import OmegaConf
+from toy_planner import seeded, straight_paths, train
 
 from diffusion import inpaint
-from offline import DataSpec, TrajectoryStore, load_run, save_run
+from offline import load_run, save_run
 from offline.returns import scaled_returns
 from pilotwave.config import compose
 from pilotwave.errors import UserError
@@ -25,28 +27,11 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def store():
-    """Straight paths of constant velocity, which is not observed, 30 steps an episode; the action is it, the reward its x."""
-    rng = np.random.default_rng(0)
-    starts, velocity = rng.uniform(-1, 1, (300, 1, 2)), rng.uniform(-1, 1, (300, 1, 2))
-    position = (starts + velocity * np.arange(30)[None, :, None] * 0.1).reshape(-1, 2).astype(np.float32)
-    action = np.repeat(velocity[:, 0], 30, axis=0).astype(np.float32)
-    columns = {"observation": position, "action": action, "reward": action[:, 0].copy()}
-    return TrajectoryStore(columns, np.arange(1, 301) * 30, {}, 0.1, "toy", {})
+    return straight_paths("x velocity", observed=("position",))
 
 
 def build(store, goal_dim=2, trained_like=False, **changes):
-    torch.manual_seed(0)
-    spec = DataSpec(task="toy", observation_dim=2, action_dim=2, dt=0.1, goal_dim=goal_dim)
-    planner = DecisionDiffuser(spec, config(**changes))
-    planner.prepare(store)
-    if trained_like:  # last layers that do not output zero
-        for parameter in planner.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return planner.eval()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return toy_planner.build(DecisionDiffuser, config(**changes), store, goal_dim, trained_like)
 
 
 def test_plans_have_the_contracts_shapes_and_keep_the_start(store):
@@ -112,21 +97,9 @@ def test_the_return_asked_for_is_a_quantile_of_the_datas(store):
     torch.testing.assert_close(batch["return"][:, 0], returns[rows])
 
 
-def train(planner, store, steps):
-    windows, optimizer = planner.windows(store, "cpu"), torch.optim.Adam(planner.parameters(), 3e-3)
-    planner.train()
-    for step in range(steps):
-        loss, info = planner.loss(windows.sample(128, seeded(step)), seeded(step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    planner.eval()
-    return info
-
-
 def test_a_short_training_goes_where_it_is_asked_to(store):
     planner = build(store, network={"name": "transformer", "width": 48, "depth": 2, "heads": 2})
-    assert set(train(planner, store, 150)) == {"loss", "inverse_loss", "duration_loss"}
+    assert set(train(planner, store, 150, batch=128)) == {"loss", "inverse_loss", "duration_loss"}
     goals, arrival = 0.6 * torch.rand(64, 2, generator=seeded(1)) - 0.3, torch.full((64,), 4)
     y, o = planner.wanted(goals, arrival), torch.zeros(64, 2)
     miss = []
@@ -141,7 +114,7 @@ def test_a_short_training_goes_where_it_is_asked_to(store):
 
 def test_without_goals_more_return_is_got_where_more_is_asked_for(store, tmp_path):
     planner = build(store, goal_dim=0)
-    assert set(train(planner, store, 100)) == {"loss", "inverse_loss"}
+    assert set(train(planner, store, 100, batch=128)) == {"loss", "inverse_loss"}
     got = []
     for wanted in (-1.5, 1.5):
         x = planner.sample_plans(torch.zeros(64, 2), torch.full((64, 1), wanted), planner.table(), 1.2, seeded())

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import toy_planner
 from omegaconf import OmegaConf
+from toy_planner import GOAL, START, seeded, straight_paths, train
 
 from diffusion import level_matrices, sample
-from offline import DataSpec, TrajectoryStore, load_run, save_run
+from offline import TrajectoryStore, load_run, save_run
 from pilotwave.config import compose
 from pilotwave.errors import UserError
 from planners import DiffusionForcing
 from planners.forcing import LEVELS
-
-START, GOAL = np.array([0.1, -0.2, 0.5, 0.0], np.float32), np.array([0.4, 0.3], np.float32)
 
 
 def config(**changes):
@@ -24,29 +24,11 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def store():
-    """Straight constant-velocity paths, 30 steps an episode; the action is the velocity, the reward the x coordinate."""
-    rng = np.random.default_rng(0)
-    starts, velocity = rng.uniform(-1, 1, (300, 1, 2)), rng.uniform(-1, 1, (300, 1, 2))
-    position = starts + velocity * np.arange(30)[None, :, None] * 0.1
-    observation = np.concatenate([position, np.broadcast_to(velocity, position.shape)], -1).reshape(-1, 4)
-    observation = observation.astype(np.float32)
-    columns = {"observation": observation, "action": observation[:, 2:].copy(), "reward": observation[:, 0].copy()}
-    return TrajectoryStore(columns, np.arange(1, 301) * 30, {}, 0.1, "toy", {})
+    return straight_paths()
 
 
 def build(store, goal_dim=2, trained_like=False, **changes):
-    torch.manual_seed(0)
-    spec = DataSpec(task="toy", observation_dim=4, action_dim=2, dt=0.1, goal_dim=goal_dim)
-    planner = DiffusionForcing(spec, config(**changes))
-    planner.prepare(store)
-    if trained_like:  # last layers that do not output zero
-        for parameter in planner.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return planner.eval()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return toy_planner.build(DiffusionForcing, config(**changes), store, goal_dim, trained_like)
 
 
 def test_independent_levels_are_uniform_and_uncorrelated():
@@ -153,18 +135,6 @@ def test_autoregressive_tokens_do_not_depend_on_the_horizon(store):
         planner.H = horizon
         plans.append(sample(planner.denoise, planner.table(), noise[:, :horizon]))
     torch.testing.assert_close(plans[0][:, :4], plans[1], atol=1e-5, rtol=1e-4)
-
-
-def train(planner, store, steps):
-    windows, optimizer = planner.windows(store, "cpu"), torch.optim.Adam(planner.parameters(), 3e-3)
-    planner.train()
-    for step in range(steps):
-        loss, info = planner.loss(windows.sample(64, seeded(step)), seeded(step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    planner.eval()
-    return info
 
 
 def test_a_short_training_is_guided_to_goals(store):

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
+import toy_planner
 from omegaconf import OmegaConf
+from toy_planner import GOAL, START, seeded, straight_paths
 
-from offline import DataSpec, TrajectoryStore, load_run, save_run
+from offline import load_run, save_run
 from pilotwave.config import compose
 from pilotwave.errors import UserError
 from planners import HierarchicalDiffuser
 from planners.plan import Plan
-
-SPEC = DataSpec(task="toy", observation_dim=4, action_dim=2, dt=0.1, goal_dim=2)
 
 
 def config(**changes):
@@ -24,37 +24,16 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def store():
-    """Straight constant-velocity paths in the unit square, 40 steps an episode; the action is the velocity."""
-    rng = np.random.default_rng(0)
-    starts, velocity = rng.uniform(-1, 1, (200, 1, 2)), rng.uniform(-1, 1, (200, 1, 2))
-    position = starts + velocity * np.arange(40)[None, :, None] * 0.1
-    velocity = np.broadcast_to(velocity, position.shape)
-    observation = np.concatenate([position, velocity], -1).reshape(-1, 4).astype(np.float32)
-    columns = {"observation": observation, "action": observation[:, 2:].copy()}
-    return TrajectoryStore(columns, np.arange(1, 201) * 40, {}, 0.1, "toy", {})
+    return straight_paths(episodes=200, length=40)
 
 
-def build(store, **changes):
-    torch.manual_seed(0)
-    planner = HierarchicalDiffuser(SPEC, config(**changes))
-    planner.prepare(store)
-    return planner.eval()
+def build(store, trained_like=False, **changes):
+    return toy_planner.build(HierarchicalDiffuser, config(**changes), store, trained_like=trained_like)
 
 
 @pytest.fixture(scope="module")
 def planner(store):
-    """Untrained, with last layers that do not output zero."""
-    planner = build(store)
-    for parameter in planner.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return planner
-
-
-START, GOAL = np.array([0.1, -0.2, 0.5, 0.0], np.float32), np.array([0.4, 0.3], np.float32)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return build(store, trained_like=True)
 
 
 def test_plans_run_through_every_subgoal_and_keep_their_pins(planner):

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import toy_planner
 from omegaconf import OmegaConf
+from toy_planner import GOAL, START, seeded, straight_paths, train
 
-from offline import DataSpec, TrajectoryStore, load_run, save_run
+from offline import TrajectoryStore, load_run, save_run
 from pilotwave.config import compose
 from pilotwave.errors import UserError
 from planners import LatentDiffuser
@@ -23,45 +25,17 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def store():
-    """Straight constant-velocity paths, 30 steps an episode; the action is the velocity, the reward the x velocity."""
-    rng = np.random.default_rng(0)
-    starts, velocity = rng.uniform(-1, 1, (300, 1, 2)), rng.uniform(-1, 1, (300, 1, 2))
-    position = starts + velocity * np.arange(30)[None, :, None] * 0.1
-    observation = np.concatenate([position, np.broadcast_to(velocity, position.shape)], -1).reshape(-1, 4).astype(np.float32)
-    columns = {"observation": observation, "action": observation[:, 2:].copy(), "reward": observation[:, 2].copy()}
-    return TrajectoryStore(columns, np.arange(1, 301) * 30, {}, 0.1, "toy", {})
+    return straight_paths("x velocity")
 
 
 def build(store, goal_dim=2, **changes):
-    torch.manual_seed(0)
-    planner = LatentDiffuser(DataSpec(task="toy", observation_dim=4, action_dim=2, dt=0.1, goal_dim=goal_dim), config(**changes))
-    planner.prepare(store)
-    return planner.eval()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def train(planner, store, steps, lr=3e-3):
-    windows, optimizer = planner.windows(store, "cpu"), torch.optim.Adam(planner.parameters(), lr)
-    planner.train()
-    for step in range(steps):
-        loss, info = planner.loss(windows.sample(64, seeded(step)), seeded(step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    planner.eval()
-    return info
+    return toy_planner.build(LatentDiffuser, config(**changes), store, goal_dim)
 
 
 @pytest.fixture(scope="module")
 def trained(store):
     planner = build(store)
     return planner, train(planner, store, 250)
-
-
-START, GOAL = np.array([0.1, -0.2, 0.5, 0.0], np.float32), np.array([0.4, 0.3], np.float32)
 
 
 def test_skills_are_decoded_each_from_where_the_one_before_led(store):

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+import toy_planner
 from omegaconf import OmegaConf
+from toy_planner import seeded, straight_paths, train
 
-from offline import DataSpec, TrajectoryStore, load_run, save_run
+from offline import load_run, save_run
 from offline.returns import scaled_returns
 from pilotwave.cli import main
 from pilotwave.config import compose
@@ -27,28 +29,11 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def store():
-    """Straight paths of constant velocity, which is not observed, 30 steps an episode; the action is it, the reward its x."""
-    rng = np.random.default_rng(0)
-    starts, velocity = rng.uniform(-1, 1, (300, 1, 2)), rng.uniform(-1, 1, (300, 1, 2))
-    position = (starts + velocity * np.arange(30)[None, :, None] * 0.1).reshape(-1, 2).astype(np.float32)
-    action = np.repeat(velocity[:, 0], 30, axis=0).astype(np.float32)
-    columns = {"observation": position, "action": action, "reward": action[:, 0].copy()}
-    return TrajectoryStore(columns, np.arange(1, 301) * 30, {}, 0.1, "toy", {})
+    return straight_paths("x velocity", observed=("position",))
 
 
 def build(store, goal_dim=2, trained_like=False, **changes):
-    torch.manual_seed(0)
-    spec = DataSpec(task="toy", observation_dim=2, action_dim=2, dt=0.1, goal_dim=goal_dim)
-    planner = TrajectoryDiffuser(spec, config(**changes))
-    planner.prepare(store)
-    if trained_like:  # last layers that do not output zero
-        for parameter in planner.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return planner.eval()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return toy_planner.build(TrajectoryDiffuser, config(**changes), store, goal_dim, trained_like)
 
 
 def asked(planner, samples=3):
@@ -136,18 +121,6 @@ def test_the_proposers_loss_is_the_gaussian_likelihood(store):
     density = torch.distributions.Normal(o[:, :-1] + step * mean, step * log_deviation.exp()).log_prob(o[:, 1:])
     constant = 0.5 * np.log(2 * np.pi) + step.log().mean()
     torch.testing.assert_close(planner.proposer.loss(o, wanted), -density.mean() - constant)
-
-
-def train(planner, store, steps):
-    windows, optimizer = planner.windows(store, "cpu"), torch.optim.Adam(planner.parameters(), 3e-3)
-    planner.train()
-    for step in range(steps):
-        loss, info = planner.loss(windows.sample(64, seeded(step)), seeded(step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    planner.eval()
-    return info
 
 
 def test_a_short_training_proposes_ways_to_the_goal(store):

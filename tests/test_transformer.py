@@ -5,12 +5,14 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import toy_planner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from toy_planner import GOAL, START, seeded, straight_paths, train
 
 from diffusion.networks import GPT
-from offline import DataSpec, TrajectoryStore, load_run, save_run
+from offline import TrajectoryStore, load_run, save_run
 from offline.returns import returns_to_go
 from pilotwave.config import compose
 from pilotwave.errors import UserError
@@ -26,40 +28,12 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def store():
-    """Straight constant-velocity paths, 30 steps an episode; the action is the velocity, the reward the x velocity."""
-    rng = np.random.default_rng(0)
-    starts, velocity = rng.uniform(-1, 1, (300, 1, 2)), rng.uniform(-1, 1, (300, 1, 2))
-    position = starts + velocity * np.arange(30)[None, :, None] * 0.1
-    observation = np.concatenate([position, np.broadcast_to(velocity, position.shape)], -1).reshape(-1, 4).astype(np.float32)
-    columns = {"observation": observation, "action": observation[:, 2:].copy(), "reward": observation[:, 2].copy()}
-    return TrajectoryStore(columns, np.arange(1, 301) * 30, {}, 0.1, "toy", {})
+    return straight_paths("x velocity")
 
 
-def build(store, goal_dim=2, observation_dim=4, action_dim=2, **changes):
-    torch.manual_seed(0)
-    spec = DataSpec(task="toy", observation_dim=observation_dim, action_dim=action_dim, dt=0.1, goal_dim=goal_dim)
-    planner = TrajectoryTransformer(spec, config(**changes))
-    planner.prepare(store)
-    return planner.eval()
+def build(store, goal_dim=2, **changes):
+    return toy_planner.build(TrajectoryTransformer, config(**changes), store, goal_dim)
 
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def train(planner, store, steps, lr=3e-3):
-    windows, optimizer = planner.windows(store, "cpu"), torch.optim.Adam(planner.parameters(), lr)
-    planner.train()
-    for step in range(steps):
-        loss, _ = planner.loss(windows.sample(64, seeded(step)), seeded(step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    planner.eval()
-    return float(loss.detach())
-
-
-START, GOAL = np.array([0.1, -0.2, 0.5, 0.0], np.float32), np.array([0.4, 0.3], np.float32)
 
 # -- bins --------------------------------------------------------------------------------------------------------------
 
@@ -119,7 +93,7 @@ def tiny():
     store = TrajectoryStore(columns, np.array([60]), {}, 0.1, "tiny", {})
 
     def made(goal_dim=1, **changes):
-        planner = build(store, goal_dim, 1, 1, horizon=3, bins={"number": 3, "kind": "uniform"}, **changes)
+        planner = build(store, goal_dim, horizon=3, bins={"number": 3, "kind": "uniform"}, **changes)
         for parameter in planner.network.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
         return planner
@@ -209,7 +183,7 @@ def test_what_comes_after_the_goal_is_no_part_of_the_loss(store):
 
 def test_a_short_training_plans_to_goals(store):
     planner = build(store, actions=False)
-    assert train(planner, store, 300) < 2.0
+    assert train(planner, store, 300)["loss"] < 2.0
     start = np.array([[0.0, 0.0, 0.7, 0.0], [0.0, 0.0, 0.0, -0.7]], np.float32)
     goal = np.array([[0.5, 0.0], [0.0, -0.5]], np.float32)
     plan = planner.plan(start, goal, samples=4)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import toy_planner
 from omegaconf import OmegaConf
+from toy_planner import GOAL, START, seeded, straight_paths, train
 
-from offline import DataSpec, TrajectoryStore, load_run, save_run
+from offline import TrajectoryStore, load_run, save_run
 from offline.returns import returns_to_go
 from pilotwave.config import compose
 from pilotwave.errors import UserError
@@ -22,40 +24,11 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def store():
-    """Straight constant-velocity paths, 30 steps an episode; the action is the velocity, the reward the x coordinate."""
-    rng = np.random.default_rng(0)
-    starts, velocity = rng.uniform(-1, 1, (300, 1, 2)), rng.uniform(-1, 1, (300, 1, 2))
-    position = starts + velocity * np.arange(30)[None, :, None] * 0.1
-    observation = np.concatenate([position, np.broadcast_to(velocity, position.shape)], -1).reshape(-1, 4)
-    observation = observation.astype(np.float32)
-    columns = {"observation": observation, "action": observation[:, 2:].copy(), "reward": observation[:, 0].copy()}
-    return TrajectoryStore(columns, np.arange(1, 301) * 30, {}, 0.1, "toy", {})
+    return straight_paths()
 
 
 def build(store, goal_dim=2, **changes):
-    torch.manual_seed(0)
-    planner = Veteran(DataSpec(task="toy", observation_dim=4, action_dim=2, dt=0.1, goal_dim=goal_dim), config(**changes))
-    planner.prepare(store)
-    return planner.eval()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def train(planner, store, steps, lr=3e-3):
-    windows, optimizer = planner.windows(store, "cpu"), torch.optim.Adam(planner.parameters(), lr)
-    planner.train()
-    for step in range(steps):
-        loss, info = planner.loss(windows.sample(128, seeded(step)), seeded(step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    planner.eval()
-    return info
-
-
-START, GOAL = np.array([0.1, -0.2, 0.5, 0.0], np.float32), np.array([0.4, 0.3], np.float32)
+    return toy_planner.build(Veteran, config(**changes), store, goal_dim)
 
 
 def test_plans_have_the_contracts_shapes_and_keep_the_start(store):
@@ -114,7 +87,7 @@ def test_plans_end_where_they_pass_the_goal():
 
 def test_a_short_training_values_plans_by_where_they_lead_and_knows_their_actions(store):
     planner = build(store)
-    info = train(planner, store, 200)
+    info = train(planner, store, 200, batch=128)
     assert info["critic_loss"] < 0.06
     assert info["inverse_loss"] < 0.02
     # straight ways in eight directions, and goals ahead on each of them: the way that leads there is worth most
@@ -154,7 +127,7 @@ def test_without_goals_the_critic_learns_the_recorded_returns(store):
     expected = (raw - raw.mean()) / raw.std()
     rows = planner.windows(store, "cpu").first[torch.arange(0, 2000, 20)]
     np.testing.assert_allclose(batch["return"][:, 0], expected[rows], atol=1e-5)
-    info = train(planner, store, 150)
+    info = train(planner, store, 150, batch=128)
     assert info["critic_loss"] < 0.3
     plan = planner.plan(np.zeros((2, 4), np.float32), samples=3)
     assert plan.arrivals is None
