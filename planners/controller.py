@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ def overlaid(control: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     return {**control, **{key: value for key, value in given.items() if value is not None}}
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REFERENCES: dict[str, Callable[[Plan], np.ndarray]] = {"pd": _states, "actions": _actions}
 
 
@@ -39,7 +41,8 @@ class PlanController:
     its goal, or whose goal has moved: the others go on, since a plan that works is worth more than a new one. The
     references are states tracked by a PD law with gains kp and kd, read `lookahead` seconds ahead, or the planned
     actions themselves. options: what `planner.plan` takes besides. evaluations: network calls a decision, the
-    sampler's where None. The noise comes from `seed`, so roll-outs repeat.
+    sampler's where None. precision: bf16 has networks compute in it, all but what judges plans and what turns them into actions;
+    fp32 is the default. The noise comes from `seed`, so roll-outs repeat.
     """
 
     def __init__(
@@ -57,10 +60,14 @@ class PlanController:
         deviation: float | None = None,
         options: Mapping[str, Any] | None = None,
         evaluations: int | None = None,
+        precision: str = "fp32",
         seed: int = 0,
     ) -> None:
         if track not in REFERENCES:
             raise nearest("controller.track", track, REFERENCES)
+        if precision not in PRECISIONS:
+            raise nearest("control.precision", precision, PRECISIONS)
+        self.dtype = PRECISIONS[precision]
         self.planner, self.sampler, self.samples, self.options = planner, dict(sampler), samples, dict(options or {})
         self.replan_every, self.history, self.deviation = replan_every, 1, deviation
         self.evaluations = planner.table(sampler).evaluations if evaluations is None else evaluations
@@ -94,7 +101,8 @@ class PlanController:
         if renew.any():
             chosen = goal[renew] if goal is not None else None
             given = {"sampler": self.sampler, "generator": self.generator, **self.options}
-            plan = self.planner.plan(state[renew], chosen, self.samples, **given)
+            with self._computing():
+                plan = self.planner.plan(state[renew], chosen, self.samples, **given)
             self._keep(plan, renew)
             self.begun[renew] = step
             if goal is not None:
@@ -103,6 +111,12 @@ class PlanController:
         references = self._from_now(self.references(self.plan), step)
         path = self.plan.observations[:, 0, :, :2] if self.goal_dim else None
         return Chunk(references, dt=self.dt, plan=path)
+
+    def _computing(self) -> AbstractContextManager[object]:
+        """The precision of the networks."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(next(self.planner.parameters()).device.type, self.dtype)
 
     def _renew(self, state: np.ndarray, goal: np.ndarray | None, step: int) -> np.ndarray:
         """Which robots (n,) get a new plan now."""

@@ -107,6 +107,7 @@ class Diffuser(Algorithm):
         self.arrivals = ARRIVALS[config["arrivals"]]
         groups = {"goal": spec.goal_dim, "rest": spec.observation_dim - spec.goal_dim}
         groups["action"] = spec.action_dim if config["actions"] else 0
+        groups["beside"] = int(config.get("beside", 0))  # features that are only planned along
         self.layout = Layout(**{name: size for name, size in groups.items() if size})
         self.normalizer = Normalizer.from_shapes({"observation": spec.observation_dim, "action": spec.action_dim})
         variance, shape = config.get("variance", "fixed"), (self.layout.features, self.H, len(self.layout.groups))
@@ -159,8 +160,8 @@ class Diffuser(Algorithm):
         return windows
 
     def pack(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Normalized observation (..., Do) and action (..., Da) -> x (..., features)."""
-        parts = [batch["observation"]] + ([batch["action"]] if "action" in self.layout else [])
+        """Normalized observation (..., Do), action (..., Da) and what is beside them -> x (..., features)."""
+        parts = [batch["observation"], *(batch[key] for key in ("action", "beside") if key in self.layout)]
         return torch.cat(parts, dim=-1)
 
     def clean(self, arrival: Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -250,7 +251,10 @@ class Diffuser(Algorithm):
         guide = None
         if self.value_config and select is None:
             guide = Classifier(self._value, self.denoiser.schedule, float(self.value_config["scale"]))
-        return inpaint(self.denoiser, table, known, clean, generator, guide=guide, constrain=constrain, select=select, begin=begin)
+        return inpaint(
+            self.denoiser, table, known, clean, generator, guide=guide, constrain=constrain, select=select, begin=begin,
+            temperature=float(self.config.get("temperature", 1.0)),
+        )  # fmt: skip
 
     def plan(
         self,
@@ -334,8 +338,9 @@ class Diffuser(Algorithm):
     def _values(self, x: Tensor, observations: Tensor, arrival: Tensor | None) -> Tensor:
         """(B,): the value network's estimate, or without one minus the arrival token, the surprise and any haste."""
         if self.value_config:
-            with torch.no_grad():
-                return self._value(x, torch.zeros((), device=x.device))
+            # plans differ in the third digit
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                return self._value(x.float(), torch.zeros((), device=x.device))
         surprise = self.surprise(x, arrival)
         if arrival is None:
             return -surprise

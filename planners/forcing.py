@@ -11,7 +11,8 @@ Every token k of a trajectory has a noise level t_k of its own. A causal transfo
 The planner is not conditioned on the goal, it is guided to it. log p is -|g - o_k|^2 / 2 (s^2 + r^2) for the token k at which to
 arrive, where r^2 = sigma^2 / (alpha^2 + sigma^2) is how unsure D is of it (Song et al. 2023, pseudo-inverse guidance); the
 paper's is the sum of all tokens' distances. k is spread over the usual durations of the data, which Diffuser's network learns
-beside. Without goals tokens hold rewards, and log p is their sum, as in the paper. Actions are inverse dynamics'.
+beside. Without goals tokens hold rewards, and log p is their sum, as in the paper; with a `discount` above 0 they hold the returns
+to go, since few steps' rewards do not say who will fall. Actions are inverse dynamics'.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from diffusion import Classifier, Denoiser, Layout, NoiseSchedule, Tableau, level_matrices, sample, spaced
 from diffusion.networks import build_network
 from offline import Algorithm, DataSpec, Normalizer, Windows, register, sampler_table
+from offline.returns import returns_to_go
 from pilotwave.errors import UserError, nearest
 from planners.controller import PlanController, overlaid
 from planners.diffuser import Durations
@@ -60,8 +62,9 @@ LEVELS = {"independent": independent, "mixed": mixed}
 @register
 class DiffusionForcing(Algorithm):
     """Config (configs/planner/forcing.yaml): horizon H, stride, levels (a key of LEVELS), schedule, prediction, weighting, network,
-    normalizer, sampler; matrix {name, ...}, of MATRICES; history_level h; guidance {scale w, deviation s, bound of the
-    guided prediction}; `arrive`, how near to its goal a plan ends, in the task's units; and what it takes to rank several plans.
+    normalizer, sampler; discount of the returns that tokens hold, without goals; matrix {name, ...}, of MATRICES; history_level h;
+    guidance {scale w, deviation s, bound of the guided prediction}; `arrive`, how near to its goal a plan ends, in the task's
+    units; and what it takes to rank several plans.
     """
 
     kind, name = "planner", "forcing"
@@ -86,19 +89,20 @@ class DiffusionForcing(Algorithm):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def prepare(self, store: TrajectoryStore) -> None:
-        self.normalizer = Normalizer.fit({key: store.columns[key] for key in self._columns(store)}, self.config["normalizer"])
+        self.normalizer = Normalizer.fit(self._columns(store), self.config["normalizer"])
 
-    def _columns(self, store: TrajectoryStore) -> list[str]:
-        columns = [*self.layout.groups, "action"]
-        if "reward" in columns and "reward" not in store.columns:
-            raise UserError(f"{store.source or 'the data'} has no rewards, which plans without goals are guided by")
+    def _columns(self, store: TrajectoryStore) -> dict[str, np.ndarray]:
+        """What is learned from, (N, ...) each; returns in place of rewards."""
+        columns = {key: store.columns[key] for key in ("observation", "action")}
+        if "reward" in self.layout:
+            columns["reward"] = returns_to_go(store, float(self.config.get("discount", 0.0)))[:, None]
         return columns
 
     def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
-        windows = Windows(store, self.H, columns=self._columns(store), stride=self.stride, device=device)
+        windows = Windows(store, self.H, columns=[], stride=self.stride, device=device)
         normalizer = self.normalizer.to(device)
-        for key, column in windows.columns.items():
-            windows.columns[key] = normalizer.normalize(key, column.reshape(len(column), -1))
+        for key, column in self._columns(store).items():
+            windows.columns[key] = normalizer.normalize(key, torch.as_tensor(column, dtype=torch.float32).to(windows.device))
         return windows
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

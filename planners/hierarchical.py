@@ -8,7 +8,9 @@ Two Diffusers, learned beside each other from the same windows (section 3.1, the
 A plan is the best of the high level's candidates with its jumps filled in: they do not depend on each other, so all of
 them are one batch of the low level, and neighbours join exactly, since both hold the same subgoal. Whoever replans within
 K steps needs the first jump alone (`segments=1`). The paper's low level has every step of the data for a token, here
-`points` of them a jump; for mazes it has K = 15 and 120 to 390 steps, and no learned arrival, which is Diffuser's here.
+`points` of them a jump; for mazes it has K = 15 and 120 to 390 steps, and no learned arrival, which is Diffuser's here. Where
+rewards count, the paper's high level also plans the actions of each jump beside its subgoal (`dense`), and value networks guide
+both levels (`value`, `low.value`).
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ if TYPE_CHECKING:
 @register
 class HierarchicalDiffuser(Algorithm):
     """Config (configs/planner/hierarchical.yaml): Diffuser's, for the high level, whose `stride` is `jump`, K; `points`,
-    the low level's tokens a jump; `windows`, the jumps of each window that it learns from; `low`, its own settings; and
-    `roadmap`, the nodes of a map of what demonstrations join, for goals farther away than any of them (`planners.roadmap`), or 0.
+    the low level's tokens a jump; `windows`, the jumps of each window that it learns from; `low`, its own settings; `dense`,
+    whether the high level plans actions too; `control` perhaps with `segments`; and `roadmap`, the nodes of a map of what
+    demonstrations join, for goals farther away than any of them (`planners.roadmap`), or 0.
 
     As controllers see it, a planner of the low level's tokens: `H` of them, `stride` steps apart.
     """
@@ -49,11 +52,13 @@ class HierarchicalDiffuser(Algorithm):
         self.K, self.m = int(config["jump"]), int(config["points"])
         if self.m < 1 or self.K % self.m:
             raise UserError(f"planner.jump={self.K} must be a multiple of planner.points={self.m}, 1 or more")
-        self.high = Diffuser(spec, {**config, "stride": self.K, "actions": False})
+        self.dense = bool(config.get("dense", False))
+        beside = self.m * spec.action_dim if self.dense else 0
+        self.high = Diffuser(spec, {**config, "stride": self.K, "actions": False, "beside": beside})
         # the low level's goal is the next subgoal, a whole observation, in the last of its tokens
         whole = replace(spec, goal_dim=spec.observation_dim)
-        own = {"horizon": self.m + 1, "stride": self.K // self.m, "arrivals": "last", "value": None, "surprise_levels": []}
-        self.low = Diffuser(whole, {**config, **config["low"], **own})
+        own = {"horizon": self.m + 1, "stride": self.K // self.m, "arrivals": "last", "surprise_levels": []}
+        self.low = Diffuser(whole, {**config, "value": None, **config["low"], **own})
         self.H, self.stride = (self.high.H - 1) * self.m + 1, self.K // self.m
         nodes = int(config["roadmap"])
         if nodes and not spec.goal_dim:
@@ -76,19 +81,23 @@ class HierarchicalDiffuser(Algorithm):
 
     def windows(self, store: TrajectoryStore, device: torch.device | str) -> Windows:
         windows = self.high.windows(store, device)
-        fine = Windows(store, self.H, columns=[], stride=self.stride, device=device)
+        tokens = self.high.H * self.m if self.dense else self.H
+        fine = Windows(store, tokens, columns=[], stride=self.stride, device=device)
         fine.columns = windows.columns
         return fine
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The high level's loss of every m-th token, and the low level's of jumps that begin anywhere in the windows."""
-        loss, info = self.high.loss({key: value[:, :: self.m] for key, value in batch.items()}, generator)
+        coarse = {key: value[:, :: self.m] for key, value in batch.items()}
+        if self.dense:
+            coarse["beside"] = batch["action"].unflatten(1, (-1, self.m)).flatten(2)
+        loss, info = self.high.loss(coarse, generator)
         b, n = len(batch["observation"]), int(self.config["windows"])
         device = batch["observation"].device
         begin = torch.randint(self.H - self.m, (b, n, 1), generator=generator, device=generator.device).to(device)
         rows = torch.arange(b, device=device)[:, None, None]
         jump = begin + torch.arange(self.m + 1, device=device)
-        jumps = {key: batch[key][rows, jump].flatten(0, 1) for key in ("observation", "action")}
+        jumps = {key: value[rows, jump].flatten(0, 1) for key, value in batch.items()}
         low_loss, low_info = self.low.loss(jumps, generator)
         info["low_loss"] = low_info["loss"]
         if self.roadmap is not None:
@@ -194,8 +203,10 @@ class HierarchicalDiffuser(Algorithm):
     ) -> PlanController:
         """This planner for roll-outs and robots; see Diffuser's. segments: jumps that are filled in, None for all;
         roadmap: see `plan`."""
-        control = overlaid(self.config["control"], replan_every=replan_every, samples=samples, track=track, deviation=deviation)
-        settings, options = sampler or self.config["sampler"], {"filled": 1, "segments": segments, "roadmap": roadmap}
+        given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation, "segments": segments}
+        control = overlaid(self.config["control"], **given)
+        options = {"filled": 1, "segments": control.pop("segments", None), "roadmap": roadmap}
+        settings = sampler or self.config["sampler"]
         controller = PlanController(self, task_spec, settings, seed=seed, options=options, **control)
         controller.evaluations += self.low.table().evaluations
         return controller

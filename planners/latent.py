@@ -93,8 +93,10 @@ class Critic(nn.Module):
         self.each = nn.ModuleList(mlp(condition + latents, width, 1) for _ in range(2))
 
     def forward(self, condition: Tensor, z: Tensor) -> Tensor:
-        x = torch.cat([condition, z.flatten(1)], 1)
-        return torch.cat([q(x) for q in self.each], 1).float()
+        x = torch.cat([condition, z.flatten(1)], 1).float()
+        # skills differ in the third digit
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.cat([q(x) for q in self.each], 1)
 
 
 @register

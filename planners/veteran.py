@@ -52,8 +52,10 @@ class Critic(nn.Module):
 
     def forward(self, x: Tensor, goal: Tensor | None = None) -> Tensor:
         parts = [x.flatten(1)] + ([] if goal is None else [goal])
-        out: Tensor = self.mlp(self.fourier(torch.cat(parts, 1)))
-        return out[:, 0].float()
+        # candidates differ in the third digit
+        with torch.autocast(x.device.type, enabled=False):
+            out: Tensor = self.mlp(self.fourier(torch.cat(parts, 1).float()))
+        return out[:, 0]
 
 
 @register

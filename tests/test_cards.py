@@ -15,7 +15,8 @@ from robots.behaviour import load
 FOLDERS = sorted(path for path in (Path(__file__).parent.parent / "checkpoints").iterdir() if path.is_dir())
 BEHAVIOURS = [path for path in FOLDERS if path.name.endswith("-behaviour")]
 CHECKPOINTS = [path for path in FOLDERS if path not in BEHAVIOURS]
-LATER = {"input_perturbation": 0.0, "variance": "fixed", "forecast": "hold", "past_actions": 0}  # options that came since, off
+# options that came since, off
+LATER = {"input_perturbation": 0.0, "variance": "fixed", "forecast": "hold", "past_actions": 0, "dense": False, "discount": 0.0}
 HOUSEKEEPING = {"seed", "save_every"}  # the seed is compared by itself
 
 

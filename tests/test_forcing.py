@@ -166,6 +166,15 @@ def test_without_goals_plans_are_guided_to_rewards(store, tmp_path):
     np.testing.assert_array_equal(*plans)
 
 
+def test_tokens_hold_returns_to_go_where_they_are_asked_for(store):
+    planner = build(store, goal_dim=0, discount=0.5)
+    window = planner.windows(store, "cpu").gather(torch.tensor([0]))  # begins an episode of 30 steps
+    returns = planner.normalizer.denormalize("reward", window["reward"])[0, :, 0].numpy()
+    rewards, tokens = store.columns["reward"][:30], np.arange(planner.H)
+    expected = [(0.5 ** np.arange(30 - k) * rewards[k:]).sum() for k in tokens * planner.stride]
+    np.testing.assert_allclose(returns, expected, atol=1e-4)
+
+
 def test_rewards_are_needed_without_goals(store):
     columns = {key: value for key, value in store.columns.items() if key != "reward"}
     with pytest.raises(UserError, match="has no rewards"):

@@ -126,3 +126,32 @@ def test_the_controller_counts_both_levels_evaluations(planner):
 def test_jumps_must_be_whole_numbers_of_points(store):
     with pytest.raises(UserError, match=r"jump=6 must be a multiple of planner\.points=4"):
         build(store, points=4)
+
+
+def test_dense_actions_and_values_at_both_levels(store):
+    network, value = {"name": "mlp", "width": 64, "depth": 2}, {"scale": 0.3, "discount": 0.5}
+    value["network"] = {"name": "mlp", "width": 32, "depth": 1}
+    low = {"network": network, "sampler": {"name": "ddim", "steps": 5}, "value": value}
+    changes = {"dense": True, "arrivals": "last", "surprise_levels": [], "value": value, "low": low, "windows": 2}
+    planner = toy_planner.build(HierarchicalDiffuser, config(**changes), store, goal_dim=0)
+    window = planner.windows(store, "cpu").gather(torch.tensor([7]))
+    assert window["observation"].shape == (1, 15, 4)  # 5 subgoals and the 3 actions after each
+    seen = {}
+    planner.high.loss = lambda batch, generator: (seen.update(batch), (torch.zeros(()), {}))[1]
+    assert "low_loss" in planner.loss(window, seeded())[1]
+    torch.testing.assert_close(seen["beside"], window["action"].reshape(1, 5, 6))
+    torch.testing.assert_close(seen["return"], window["return"][:, ::3])
+    del planner.high.loss
+
+    for parameter in planner.eval().parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    states = np.random.default_rng(0).uniform(-0.5, 0.5, (8, 4)).astype(np.float32)
+    plans = []
+    for scale in (0.0, 0.3):
+        planner.low.value_config["scale"] = scale
+        plans.append(planner.plan(states, samples=4, generator=seeded(), filled=1, segments=1))
+    # guidance moves what lies between subgoals, and not these
+    np.testing.assert_array_equal(plans[0].observations[:, 0, ::3], plans[1].observations[:, 0, ::3])
+    assert np.abs(plans[0].observations[:, 0, 1:3] - plans[1].observations[:, 0, 1:3]).min() > 1e-6
+    assert plans[1].actions.shape == (8, 4, 13, 2)
+    assert (np.diff(plans[1].values, axis=1) <= 0).all()

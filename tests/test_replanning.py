@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import planners
 import robots
 from offline import DataSpec
+from pilotwave.errors import UserError
 from planners.controller import PlanController
 from planners.plan import Plan
 from robots.rollout import rollout
@@ -45,3 +47,19 @@ def test_plans_go_on_when_other_robots_have_fallen():
     alone = [rollout(task, PlanController(Leaning(), task.spec, {}, **settings), 1, seed=i)["return_mean"] for i in range(6)]
     assert len(set(together["length"])) > 1
     np.testing.assert_array_equal(together["return"], alone)
+
+
+def test_networks_compute_in_the_asked_precision():
+    class Network(Leaning, torch.nn.Linear):
+        def plan(self, observation, goal, samples, **options):
+            self.computed = self(torch.zeros(1, 2)).dtype
+            return super().plan(observation, goal, samples)
+
+    task, network = robots.make("hopper"), Network(2, 2)
+    settings = {"replan_every": 1, "samples": 1, "track": "actions", "kp": 0.0, "kd": 0.0, "evaluations": 1}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        controller = PlanController(network, task.spec, {}, precision=precision, **settings)
+        controller.act({"state": np.zeros((1, 1, 11), np.float32)}, 0)
+        assert network.computed == dtype
+    with pytest.raises(UserError, match=r"precision.*did you mean 'bf16'"):
+        PlanController(network, task.spec, {}, precision="bf61", **settings)

@@ -26,12 +26,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 def build_network(
     name: str, features: int, horizon: int, groups: int, condition_dim: int = 0, outputs: int = 0, **config: Any
 ) -> nn.Module:
-    """The network called `name`; `config` are its own arguments. Unknown names and arguments raise `UserError`.
+    """The network called `name`; `config` are its own arguments, those that are None at its defaults. Unknown names and
+    arguments raise `UserError`.
 
     outputs: how many a token, as many as features where 0.
     """
     if name not in NETWORKS:
         raise nearest("network", name, NETWORKS)
+    config = {key: value for key, value in config.items() if value is not None}
     check_options(f"network '{name}'", NETWORKS[name], config, given=5)
     return NETWORKS[name](features, horizon, groups, condition_dim, outputs, **config)
 
