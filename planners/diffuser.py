@@ -91,7 +91,7 @@ class Durations(nn.Module):
 @register
 class Diffuser(Algorithm):
     """Config (configs/planner/diffuser.yaml): horizon H, stride, actions, arrivals, schedule, prediction, weighting,
-    network, normalizer, sampler, value ({scale, discount, network} or null), and what planning does with them.
+    network, normalizer, sampler, value ({scale, discount, clean, network} or null), and what planning does with them.
     """
 
     kind, name = "planner", "diffuser"
@@ -192,6 +192,7 @@ class Diffuser(Algorithm):
             loss = loss + float(self.config["duration_weight"]) * duration_loss
         if self.value_config:
             t = torch.rand(b, generator=generator, device=device)
+            t[: round(b * float(self.value_config.get("clean", 0.0)))] = 0
             eps = torch.randn(x_0.shape, generator=generator, device=device)
             noisy = self.denoiser.schedule.add_noise(x_0, eps, t[:, None, None])
             value_loss = ((self._value(noisy, t) - batch["return"][:, 0]) ** 2).mean()

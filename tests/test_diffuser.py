@@ -95,6 +95,17 @@ def test_first_action_weight_scales_the_first_action_alone(store):
     assert ratio == pytest.approx((noisy - 2 + 2 * 10) / noisy, rel=0.25)
 
 
+def test_values_may_be_learned_without_noise(store):
+    value = {"scale": 0.0, "discount": 0.9, "clean": 1.0, "network": {"name": "mlp", "width": 16, "depth": 1}}
+    planner = build(store, goal_dim=0, value=value)
+    for parameter in planner.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    batch = planner.windows(store, "cpu").gather(torch.arange(64))
+    _, info = planner.loss(batch, torch.Generator().manual_seed(0))
+    expected = (planner._value(planner.pack(batch), torch.zeros(())) - batch["return"][:, 0]).square().mean()
+    torch.testing.assert_close(info["value_loss"], expected.detach())
+
+
 def test_value_guidance_raises_the_value(store):
     value = {"scale": 0.0, "discount": 0.9, "network": {"name": "mlp", "width": 64, "depth": 1}}
     planner = build(store, goal_dim=0, value=value)
