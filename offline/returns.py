@@ -30,6 +30,18 @@ def scaled_returns(store: TrajectoryStore, discount: float) -> Tensor:
     return torch.as_tensor((returns - returns.mean()) / max(returns.std(), 1e-6), dtype=torch.float32)
 
 
+def peaks(store: TrajectoryStore, feature: int, velocity: int) -> np.ndarray:
+    """The highest that an observed feature comes in the rise that a step is in, (N,) float32: until its speed is no longer above 0.
+    NaN where it does not rise, or the episode ends before the peak."""
+    height, rising = (store.columns["observation"][:, i].astype(np.float32) for i in (feature, velocity))
+    found = np.full_like(height, np.nan)
+    ends = set((store.episode_ends - 1).tolist())
+    for i in range(len(height) - 2, -1, -1):
+        if rising[i] > 0 and i not in ends:
+            found[i] = np.maximum(height[i], found[i + 1] if rising[i + 1] > 0 else height[i + 1])
+    return found
+
+
 def later_states(states: Tensor, reach: int, generator: torch.Generator) -> Tensor:
     """The state 1 to `reach` tokens later, (B, D), of each window of states (B, T, D): a goal that the window reaches."""
     later = torch.randint(1, reach + 1, (len(states),), generator=generator, device=generator.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,33 @@ def guard(cfg: DictConfig, task: Any) -> Any:
     if not settings.pop("active"):
         return None
     from robots.barriers import build
+
+    barriers = [*task.barriers, *(build(each) for each in settings.pop("barriers"))]
+    return FILTERS[settings.pop("name")](cfg, task, barriers, settings)
+
+
+def _cbf(cfg: DictConfig, task: Any, barriers: list[Any], settings: dict[str, Any]) -> Any:
     from robots.safety_filter import SafetyFilter
 
     model = task.linear_model()
     if model is None:
-        raise UserError(f"no linear model of {task.spec.name} is known, which filter.active=true needs; leave it out")
-    return SafetyFilter(model, [*task.barriers, *(build(each) for each in settings.pop("barriers"))], **settings)
+        raise UserError(f"no linear model of {task.spec.name} is known, which filter=cbf needs; try filter=peak, or leave it out")
+    return SafetyFilter(model, barriers, **settings)
+
+
+def _peak(cfg: DictConfig, task: Any, barriers: list[Any], settings: dict[str, Any]) -> Any:
+    from robots.peak_filter import PeakFilter, load
+
+    trained_for = cfg.task.get("checkpoints_of") or task.spec.name
+    model = load(settings.pop("model") or f"checkpoints/{trained_for}-control-affine")
+    if model.task != trained_for:
+        raise UserError(f"filter.model was trained for {model.task}, not for {trained_for}; give one of that task")
+    if not barriers:
+        raise UserError(
+            f"{task.spec.name} has no barriers to hold; roll out under a roof (task=hopper-roof), or add filter.barriers"
+        )
+    return PeakFilter(model, barriers, **settings)
+
+
+FILTERS: dict[str, Callable[[DictConfig, Any, list[Any], dict[str, Any]], Any]] = {"cbf": _cbf, "peak": _peak}
+"""The `name` of a file in configs/filter/ -> the filter of a task's barriers and the file's other settings."""

@@ -33,6 +33,7 @@ MIXTURES: dict[str, tuple[str, ...]] = {
     "expert": ("expert",),
     "medium-replay": ("replay",),
     "medium-expert": ("medium", "expert"),
+    "full-replay": ("replay", "expert"),
 }
 """Quality of a data set -> what its policies are, each of which records as many steps as the others. D4RL's own (Fu et al. 2020):
 its "replay" is what one training saw until it was medium; here, episodes of the policies at several times until then."""
