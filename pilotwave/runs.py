@@ -154,7 +154,7 @@ def _peak(cfg: DictConfig, task: Any, barriers: list[Any], settings: dict[str, A
         raise UserError(f"filter.model was trained for {model.task}, not for {trained_for}; give one of that task")
     if not barriers:
         raise UserError(
-            f"{task.spec.name} has no barriers to hold; roll out under a roof (task=hopper-roof), or add filter.barriers"
+            f"{task.spec.name} has no barriers to hold; add filter.barriers, or roll out under a roof (task=hopper-roof)"
         )
     return PeakFilter(model, barriers, **settings)
 

@@ -10,7 +10,18 @@ from world_models.diffusion_world_model import DiffusionWorldModel
 from world_models.dream import Recording, compare, dream, record, replay
 from world_models.one_step import OneStep
 
-__all__ = ["ControlAffine", "DiffusionWorldModel", "OneStep", "Recording", "WorldModel", "compare", "dream", "load", "record", "replay"]
+__all__ = [
+    "ControlAffine",
+    "DiffusionWorldModel",
+    "OneStep",
+    "Recording",
+    "WorldModel",
+    "compare",
+    "dream",
+    "load",
+    "record",
+    "replay",
+]
 
 
 def load(path: str | Path, *, ema: bool = True, device: str = "auto") -> Any:
