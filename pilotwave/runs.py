@@ -153,9 +153,7 @@ def _peak(cfg: DictConfig, task: Any, barriers: list[Any], settings: dict[str, A
     if model.task != trained_for:
         raise UserError(f"filter.model was trained for {model.task}, not for {trained_for}; give one of that task")
     if not barriers:
-        raise UserError(
-            f"{task.spec.name} has no barriers to hold; add filter.barriers, or roll out under a roof (task=hopper-roof)"
-        )
+        raise UserError(f"{task.spec.name} has no barriers; add filter.barriers, or roll out under a roof (task=hopper-roof)")
     return PeakFilter(model, barriers, **settings)
 
 

@@ -9,9 +9,9 @@ a policy neural control barrier function (So et al. 2024, arXiv 2310.15478). Wit
 
     h(s+) >= margin        and least        |what it changes of s+, but for what b is to see|^2 + effort |u - wanted|^2
 
-a quadratic program with h linearized at u, repeated, and checked against h itself. The first term is what keeps a hopper on its foot:
-of the torques that push off less, those are taken that turn and slow it least. Where no allowed action is found, `infeasible` counts
-it, and the robot does what leaves most of h.
+a quadratic program with h linearized at u, repeated, and checked against h itself. The first term keeps a hopper on its foot: of
+the torques that push off less, those are taken that turn and slow it least. Where no allowed action is found, `infeasible`
+counts it, and the robot does what leaves most of h.
 """
 
 from __future__ import annotations
@@ -210,17 +210,18 @@ def load(path: str | Path) -> ControlAffine:
         raise UserError(f"{files['model.safetensors']} does not match the sha256 in card.json; copy the folder again")
     tensors = {key.removeprefix("ema."): value for key, value in safetensors.numpy.load(content).items() if key.startswith("ema.")}
 
+    def array(name: str) -> np.ndarray:
+        return np.asarray(tensors[name], np.float64)
+
     def ensemble(name: str) -> Ensemble:
         count = sum(key.startswith(f"{name}.weight.") for key in tensors)
-        return Ensemble(
-            [tuple(tensors[f"{name}.{part}.{k}"].astype(np.float64) for part in ("weight", "bias")) for k in range(count)]
-        )
+        return Ensemble([(array(f"{name}.weight.{k}"), array(f"{name}.bias.{k}")) for k in range(count)])
 
-    spec, algorithm, normal = config["spec"], config["algorithm"], "normalizer.groups.observation"
+    scale = array("normalizer.groups.observation.scale")
+    spec, peak = config["spec"], config["algorithm"]["peak"]
     return ControlAffine(
         ensemble("dynamics"), ensemble("peak"),
-        tensors[f"{normal}.offset"].astype(np.float64), np.where(tensors[f"{normal}.scale"] == 0, np.inf, tensors[f"{normal}.scale"]),
-        tensors["error"][1].astype(np.float64), float(tensors["rise"]),
-        int(algorithm["peak"]["feature"]), int(algorithm["peak"]["velocity"]),
+        array("normalizer.groups.observation.offset"), np.where(scale == 0, np.inf, scale),
+        array("error")[1], float(tensors["rise"]), int(peak["feature"]), int(peak["velocity"]),
         np.asarray(spec["action_low"], np.float64), np.asarray(spec["action_high"], np.float64), str(config["task"]),
     )  # fmt: skip
