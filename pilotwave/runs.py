@@ -146,12 +146,9 @@ def _cbf(cfg: DictConfig, task: Any, barriers: list[Any], settings: dict[str, An
 
 
 def _peak(cfg: DictConfig, task: Any, barriers: list[Any], settings: dict[str, Any]) -> Any:
-    from robots.peak_filter import PeakFilter, load
+    from robots.peak_filter import PeakFilter, for_task
 
-    trained_for = cfg.task.get("checkpoints_of") or task.spec.name
-    model = load(settings.pop("model") or f"checkpoints/{trained_for}-control-affine")
-    if model.task != trained_for:
-        raise UserError(f"filter.model was trained for {model.task}, not for {trained_for}; give one of that task")
+    model = for_task(cfg.task.get("checkpoints_of") or task.spec.name, settings.pop("model"))
     if not barriers:
         raise UserError(f"{task.spec.name} has no barriers; add filter.barriers, or roll out under a roof (task=hopper-roof)")
     return PeakFilter(model, barriers, **settings)

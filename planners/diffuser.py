@@ -356,6 +356,15 @@ class Diffuser(Algorithm):
         until = torch.arange(self.H, device=x.device) <= (self.H if arrival is None else arrival[:, None])
         return (error * until).sum(1) / until.expand_as(error).sum(1)
 
+    @torch.no_grad()
+    def judge(self, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Values (n,) of other plans without goals, states (n, H, Do) and actions (n, H, Da), by the same measure."""
+        device = next(self.parameters()).device
+        parts = {"observation": observations, "action": actions}
+        tensors = {key: torch.as_tensor(part, dtype=torch.float32, device=device) for key, part in parts.items()}
+        x = self.pack({key: self.normalizer.normalize(key, part) for key, part in tensors.items()})
+        return self._values(x, tensors["observation"], None).cpu().numpy()
+
     def controller(
         self,
         task_spec: Any,
@@ -371,6 +380,7 @@ class Diffuser(Algorithm):
         margin: float | None = None,
         barriers: Sequence[Mapping[str, Any]] = (),
         places: bool = True,
+        model: str | None = None,
         seed: int = 0,
     ) -> PlanController:
         """This planner for roll-outs and robots.
@@ -379,7 +389,8 @@ class Diffuser(Algorithm):
         states, "actions" carries out the planned actions; deviation, lookahead: see PlanController; arrivals: see `plan`.
         Defaults are the config's `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers`
         (settings of `robots.barriers.build`) and from the hazards that a task observes; None plans past them. places: with
-        safety, whether the places of the data are used where they were kept beside the weights.
+        safety, whether the places of the data are used where they were kept beside the weights. Plans without goals are corrected
+        as `planners.viable` says, whose `model` it is.
         """
         given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation}
         control = overlaid(self.config["control"], **given, lookahead=lookahead)
@@ -395,6 +406,11 @@ class Diffuser(Algorithm):
             joint = JointDiffuser(self, task_spec.apart if safety else 0.0, places=Places.beside(self.origin) if places else None)
             joint.margin = joint.margin if margin is None else margin
             return PlanController(joint, task_spec, settings, seed=seed, **control)
+        if safety is not None and not self.spec.goal_dim:
+            from planners import viable
+
+            held = viable.Settings(safety, margin, barriers, model)
+            return viable.controller(self, task_spec, settings, held, seed=seed, **control)
         if safety is not None:
             from planners.places import Places
             from planners.safe import SafeController, SafeDiffuser

@@ -17,7 +17,7 @@ the data finds usual (see Diffuser), and leaves less to choose.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +158,12 @@ class Veteran(Algorithm):
         ending = best_first(arrivals) if to is not None else None
         return Plan(best_first(states), best_first(actions), best_first(values.flatten()), ending)
 
+    @torch.no_grad()
+    def judge(self, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Values (n,) of other plans without goals, states (n, H, Do), by the same measure."""
+        states = torch.as_tensor(observations, dtype=torch.float32, device=next(self.parameters()).device)
+        return self.critic(self.normalizer.normalize("observation", states)).cpu().numpy()
+
     def _at(self, place: Tensor, states: Tensor) -> Tensor:
         """States (B, Do) moved to places (B, Dg), at rest."""
         return torch.cat([place, torch.zeros_like(states[:, self.spec.goal_dim :])], 1)
@@ -171,9 +177,19 @@ class Veteran(Algorithm):
         samples: int | None = None,
         track: str | None = None,
         deviation: float | None = None,
+        safety: str | None = None,
+        margin: float | None = None,
+        barriers: Sequence[Mapping[str, Any]] = (),
+        model: str | None = None,
         seed: int = 0,
     ) -> PlanController:
-        """This planner for roll-outs and robots; see Diffuser's. track: "actions" are those of the inverse dynamics."""
+        """This planner for roll-outs and robots; see Diffuser's. track: "actions" are those of the inverse dynamics. safety,
+        margin, barriers, model: see `planners.viable`."""
         given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation}
         control = overlaid(self.config["control"], **given)
+        if safety is not None:
+            from planners import viable
+
+            held = viable.Settings(safety, margin, barriers, model)
+            return viable.controller(self, task_spec, sampler or self.config["sampler"], held, seed=seed, **control)
         return PlanController(self, task_spec, sampler or self.config["sampler"], seed=seed, **control)

@@ -28,20 +28,22 @@ import safetensors.numpy
 import yaml
 
 from pilotwave.errors import UserError
-from robots.barriers import Barrier, Features, least_change, like, namespace
+from robots.barriers import Barrier, Features, least_change, like, namespace, values
 
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Perceptrons side by side, SiLU between their layers: weights (E, in, out) and biases (E, 1, out) of each layer."""
+    """Perceptrons side by side, SiLU between their layers: weights (E, in, out) and biases (E, 1, out) of each layer, in whose
+    precision arrays are computed."""
 
     layers: Sequence[tuple[np.ndarray, np.ndarray]]
 
     def __call__(self, x: Any) -> tuple[Any, list[Any]]:
         """x (n, in) -> mean output (n, out), and the slopes of the activations, for `gradient`."""
         slopes = []
+        x = x.astype(self.layers[0][0].dtype) if isinstance(x, np.ndarray) else x
         for k, (weight, bias) in enumerate(self.layers):
             if k:
                 gate = 1 / (1 + namespace(x).exp(-x))
@@ -147,15 +149,23 @@ class PeakFilter:
         state = np.asarray(observation["state"], dtype=np.float64)
         if len(self.filtered) != len(state):
             self.reset(len(state))
+        u, _, wrong, lost = self.nearest(state, actions)
         self.filtered += 1
+        self.changed += wrong
+        self.infeasible += lost
+        return u
+
+    def nearest(self, state: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of states (n, Do) the allowed actions (n, Da) nearest to the wanted ones, the states (n, Do) that they lead to, which
+        of them were changed, and of which there was none."""
         u = np.clip(np.asarray(actions, dtype=np.float64), self.model.low, self.model.high)
         drift, effect = self.model.step(state)
-        wrong = self._left(drift, effect, u)[0].min(-1) < 0
+        after = drift + (effect * u[..., None]).sum(1)
+        wrong, lost = values(self.barriers, after).min(-1) < self.margin, np.zeros(len(u), dtype=bool)
         if wrong.any():
-            self.changed[wrong] += 1
-            u[wrong], lost = self._correct(drift[wrong], effect[wrong], u[wrong])
-            self.infeasible[wrong] += lost
-        return u
+            u[wrong], lost[wrong] = self._correct(drift[wrong], effect[wrong], u[wrong])
+            after[wrong] = drift[wrong] + (effect[wrong] * u[wrong][..., None]).sum(1)
+        return u, after, wrong, lost
 
     def _left(self, drift: np.ndarray, effect: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """h(s+) - margin (n, K) after actions u, and its gradient by them (n, K, Da)."""
@@ -196,6 +206,14 @@ class PeakFilter:
         return np.where(lost[:, None], most, best), lost
 
 
+def for_task(task: str, path: str | Path | None = None) -> ControlAffine:
+    """The model of a folder, which must be one of this task (without its roof), or the task's shipped one."""
+    model = load(path or f"checkpoints/{task}-control-affine")
+    if model.task != task:
+        raise UserError(f"{path} was trained for {model.task}, not for {task}; give one of that task")
+    return model
+
+
 def load(path: str | Path) -> ControlAffine:
     """The model of a folder that `pilotwave train world_model=control_affine` wrote."""
     folder = Path(path)
@@ -213,9 +231,12 @@ def load(path: str | Path) -> ControlAffine:
     def array(name: str) -> np.ndarray:
         return np.asarray(tensors[name], np.float64)
 
+    def single(name: str) -> np.ndarray:
+        return np.asarray(tensors[name], np.float32)
+
     def ensemble(name: str) -> Ensemble:
         count = sum(key.startswith(f"{name}.weight.") for key in tensors)
-        return Ensemble([(array(f"{name}.weight.{k}"), array(f"{name}.bias.{k}")) for k in range(count)])
+        return Ensemble([(single(f"{name}.weight.{k}"), single(f"{name}.bias.{k}")) for k in range(count)])
 
     scale = array("normalizer.groups.observation.scale")
     spec, peak = config["spec"], config["algorithm"]["peak"]

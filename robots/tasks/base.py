@@ -28,7 +28,7 @@ class TaskSpec:
     score: name of the metric in `robots.rollout.SCORES`. reference: (random, expert) returns for D4RL's normalization.
     images: (H, W, C) of each image key of the observation. hazards: how many its "hazards" (n, K, 7) holds. final_info: info keys
     whose value at the episode's end is reported. apart: metres that the task's two robots must stay from each other; 0 where it
-    has one. options: JSON-able arguments for which `robots.make(name, **options)` makes
+    has one. barriers: of the state, for planners. options: JSON-able arguments for which `robots.make(name, **options)` makes
     this task again.
     """
 
@@ -49,6 +49,7 @@ class TaskSpec:
     hazards: int = 0
     final_info: tuple[str, ...] = ()
     apart: float = 0.0
+    barriers: tuple[Barrier, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
 

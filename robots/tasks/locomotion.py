@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pilotwave.errors import UserError, nearest
-from robots.barriers import Barrier, HalfSpace, values
+from robots.barriers import HalfSpace, values
 from robots.controller import Observation
 from robots.tasks.base import BoolArray, Info, Task, TaskSpec, checked_horizon
 
@@ -89,9 +89,10 @@ class Locomotion(Task):
             score="normalized_return",
             source="gymnasium's v4 MuJoCo tasks; D4RL (Fu et al. 2020)" + ("" if roof is None else "; SafeDiffuser"),
             reference=self.body.reference,
+            barriers=() if roof is None else (HalfSpace([1.0], float(roof), features=[0]),),
             options={"horizon": horizon},
         )  # fmt: skip
-        self.barriers: list[Barrier] = [] if roof is None else [HalfSpace([1.0], float(roof), features=[0])]
+        self.barriers = self.spec.barriers
         self._rest = mujoco.MjData(self.model).qpos.copy()
         self._datas: list[Any] = []
         self._down = np.zeros(0, dtype=bool)
