@@ -220,7 +220,7 @@ def test_it_trains_and_rolls_out(recorded, tmp_path):
     assert metrics["task_options"]["goal"] == "fixed"
     assert metrics["violations"]["episode_rate"] >= 0
     assert metrics["evaluations"] == 5
-    assert load(out).act(np.zeros((1, 4))).shape == (8, 2)
+    assert load(out).act(np.zeros((1, 4))).shape == (10, 2)
     assert main(["rollout", str(out), TASK, *few]) == 0  # the task by name too
 
 
