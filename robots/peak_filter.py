@@ -126,7 +126,7 @@ class PeakFilter:
         model: ControlAffine,
         barriers: Sequence[Barrier],
         *,
-        margin: float = 0.005,
+        margin: float = 0.01,
         rising: float = 0.5,
         effort: float = 0.05,
         iterations: int = 3,

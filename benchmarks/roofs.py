@@ -1,0 +1,119 @@
+"""Roofs over hopper and walker: what passes them on the executed motion, with nothing, with the filter, and with safe plans.
+
+    python benchmarks/roofs.py                                   # the table of docs/planners/safe.md: 200 episodes a row
+    python benchmarks/roofs.py --episodes 20 --seed 20000 --rows "expert" --out /tmp/expert.json
+
+Episode i resets with seed + i. Rows that `--out` holds and `--rows` does not name stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a robot, what drives it (the end of a checkpoint's name), its controller's settings, and whether it is filtered."""
+
+    name: str
+    robot: str
+    run: str
+    controller: dict[str, Any] = field(default_factory=dict)
+    filtered: bool = False
+
+
+QUALITIES = [
+    ("hopper", "medium", True),
+    ("hopper", "expert", True),
+    ("hopper", "expert", False),
+    ("walker2d", "medium", False),
+    ("walker2d", "expert", False),
+]
+ROWS = [
+    Row(
+        f"{robot}, {quality}, {'drawn' if explore else 'mean'}{', filter' if filtered else ''}",
+        robot, "behaviour", {"quality": quality, "explore": explore}, filtered,
+    )
+    for robot, quality, explore in QUALITIES
+    for filtered in (False, True)
+]  # fmt: skip
+ROWS += [
+    Row(f"{robot}, Veteran{', safe plans' if safe else ''}{', filter' if filtered else ''}", robot, "veteran", safe, filtered)
+    for robot in ("hopper", "walker2d")
+    for safe, filtered in (({}, False), ({"safety": "correct"}, False), ({}, True))
+]  # fmt: skip
+
+
+def measure(row: Row, episodes: int, seed: int) -> dict[str, Any]:
+    """The figures of a row."""
+    import torch
+
+    torch.set_num_threads(1)
+    import planners
+    import robots
+    from robots import behaviour
+    from robots.peak_filter import PeakFilter, for_task
+    from robots.rollout import rollout
+
+    began, task = time.perf_counter(), robots.make(f"{row.robot}-roof")
+    load = behaviour.load if row.run == "behaviour" else planners.load
+    learned = load(ROOT / "checkpoints" / f"{row.robot}-{row.run}")
+    model = ROOT / "checkpoints" / f"{row.robot}-control-affine"
+    options = row.controller | ({"model": str(model)} if "safety" in row.controller else {})
+    guard = PeakFilter(for_task(row.robot, model), task.barriers) if row.filtered else None
+    metrics = rollout(task, learned.controller(task.spec, seed=seed, **options), episodes, seed, num_envs=episodes, guard=guard)
+    return {
+        "episodes": episodes,
+        "seed": seed,
+        "score": metrics["score_mean"],
+        "score_error": metrics["score_std"] / episodes**0.5,
+        "violating_rate": metrics["violations"]["episode_rate"],
+        "worst_margin": metrics["violations"]["worst_margin"],
+        "decision_p50_ms": metrics["decision_ms"]["p50"],
+        "changed_rate": metrics["filter"]["changed_rate"] if guard else None,
+        "infeasible_steps": metrics["filter"]["infeasible_steps"] if guard else None,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| | score | episodes that pass the roof | worst margin, m | filter acts |", "| --- " * 5 + "|"]
+    for row in ROWS:
+        if row.name in rows:
+            r = rows[row.name]
+            acts = "" if r["changed_rate"] is None else f"{100 * r['changed_rate']:.1f} %"
+            passed = f"{100 * r['violating_rate']:.1f} % of {r['episodes']}"
+            score = f"{r['score']:.1f} +- {r['score_error']:.1f}"
+            lines.append(f"| {row.name} | {score} | {passed} | {r['worst_margin']:+.3f} | {acts} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", default="", help="words, separated by +; rows whose name holds one of them")
+    parser.add_argument("--out", default=str(ROOT / "docs" / "results" / "roofs.json"))
+    options = parser.parse_args()
+    out = Path(options.out)
+    for row in ROWS:
+        if any(word in row.name for word in options.rows.split("+")):
+            figures = measure(row, options.episodes, options.seed)
+            rows = json.loads(out.read_text()) if out.exists() else {}
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(rows | {row.name: figures}, indent=2) + "\n")
+            print(f"{row.name}: {figures['seconds']:.0f} s", flush=True)
+    print(table(json.loads(out.read_text())))
+
+
+if __name__ == "__main__":
+    main()
