@@ -48,7 +48,7 @@ ROWS = [
 ROWS += [
     Row(f"{robot}, {name}{', safe plans' if safe else ''}{', filter' if filtered else ''}", robot, name.lower(), safe, filtered)
     for robot, name in (("hopper", "Diffuser"), ("hopper", "Veteran"), ("walker2d", "Veteran"))
-    for safe, filtered in (({}, False), ({"safety": "correct", "margin": 0.0}, False), ({}, True))
+    for safe, filtered in (({}, False), ({"safety": "correct", "margin": 0.0, "samples": 32}, False), ({}, True))
 ]  # fmt: skip
 
 

@@ -28,6 +28,8 @@ from planners.plan import Plan
 from robots.barriers import Barrier, build
 from robots.peak_filter import PeakFilter, for_task
 
+RISING = 1.2  # metres a second from which plans look at the peak: earlier, what the data went on to do is not yet decided
+
 
 class ViablePlanner:
     """A planner's plans, corrected. planner: with `plan` to states and actions a step apart, and `judge` of these. ahead: how
@@ -103,6 +105,6 @@ def controller(
     if not every:
         raise UserError(f"{task_spec.name} has no barriers; add controller.barriers, or roll out under a roof (task=hopper-roof)")
     replan = int(control["replan_every"]) or planner.H
-    given: dict[str, Any] = {} if settings.margin is None else {"margin": settings.margin}
+    given: dict[str, Any] = {"rising": RISING} | ({} if settings.margin is None else {"margin": settings.margin})
     guarded = ViablePlanner(planner, PeakFilter(for_task(planner.spec.task, settings.model), every, **given), replan)
     return PlanController(guarded, task_spec, sampler, seed=seed, **control)
