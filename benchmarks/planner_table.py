@@ -131,6 +131,8 @@ def main() -> None:
                 checkpoint, row = ROOT / "checkpoints" / f"{task}-{trained}", f"{task} {planner}"
                 if not checkpoint.exists() or (options.words and not any(w in f"{task}-{planner}" for w in options.words)):
                     continue
+                if options.decisions and row not in results:
+                    continue
                 if options.decisions:
                     timed = rollout(checkpoint, "episodes=1", "horizon=1", f"seed={options.seed}", *settings)
                     results[row]["decision_ms"] = timed["decision_ms"]
