@@ -150,3 +150,10 @@ class PlanController:
         low = np.minimum(at.astype(np.int64), last - 1)
         rows, w = np.arange(len(references))[:, None], (at - low)[..., None].astype(references.dtype)
         return (1 - w) * references[rows, low] + w * references[rows, low + 1]
+
+
+def refuse_unheld(methods: str, **settings: Any) -> None:
+    """Raises `UserError` for a setting of safety that is given without a method (of `methods`) which would hold it."""
+    given = [f"controller.{key}" for key, value in settings.items() if value]
+    if given:
+        raise UserError(f"{' and '.join(given)}: nothing holds it without controller.safety={methods}")

@@ -32,7 +32,7 @@ from diffusion.tableau import Constrain, Select
 from offline import Algorithm, DataSpec, Normalizer, Windows, register, sampler_table
 from offline.returns import scaled_returns
 from pilotwave.errors import UserError, nearest
-from planners.controller import PlanController, overlaid
+from planners.controller import PlanController, overlaid, refuse_unheld
 from planners.plan import Correction, Plan, Question
 from robots.barriers import build
 
@@ -419,8 +419,7 @@ class Diffuser(Algorithm):
             planner.margin = planner.margin if margin is None else margin
             built = [build(each) for each in barriers]
             return SafeController(planner, task_spec, settings, barriers=built, seed=seed, **control)
-        if margin is not None or barriers:
-            raise UserError("controller.margin and controller.barriers need controller.safety=ros, res, tvs or correct")
+        refuse_unheld("ros, res, tvs or correct", margin=margin is not None, barriers=barriers, model=model)
         return PlanController(self, task_spec, settings, seed=seed, options={"arrivals": arrivals}, **control)
 
 

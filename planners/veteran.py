@@ -29,7 +29,7 @@ from diffusion import Tableau
 from diffusion.networks import FourierFeatures
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
 from offline.returns import hindsight_goals, scaled_returns, tokens_until
-from planners.controller import PlanController, overlaid
+from planners.controller import PlanController, overlaid, refuse_unheld
 from planners.diffuser import Diffuser
 from planners.inverse_dynamics import InverseDynamics
 from planners.plan import Plan, checked, ended
@@ -192,4 +192,5 @@ class Veteran(Algorithm):
 
             held = viable.Settings(safety, margin, barriers, model)
             return viable.controller(self, task_spec, sampler or self.config["sampler"], held, seed=seed, **control)
+        refuse_unheld("correct", margin=margin is not None, barriers=barriers, model=model)
         return PlanController(self, task_spec, sampler or self.config["sampler"], seed=seed, **control)
