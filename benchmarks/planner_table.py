@@ -17,6 +17,7 @@ medium maze a row.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shlex
 import subprocess
@@ -26,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("pointmaze-umaze", "pointmaze-medium", "pointmaze-large", "pointmaze-giant", "pointmaze-compositional")
+TASKS: tuple[str, ...] = ("pointmaze-umaze", "pointmaze-medium", "pointmaze-large", "pointmaze-giant", "pointmaze-compositional")
 TASKS += ("hopper", "walker2d")
-PLANNERS = ("diffuser", "hierarchical", "veteran", "contrastive", "latent", "ldcq", "transformer")
+PLANNERS: tuple[str, ...] = ("diffuser", "hierarchical", "veteran", "contrastive", "latent", "ldcq", "transformer")
 PLANNERS += ("decision-diffuser", "forcing", "trajectory-diffuser")
 VARIANTS = {"ldcq": ("latent", "controller.selection=q", "controller.samples=24")}  # rows that share a checkpoint
 KEPT = ("success_rate", "return_mean", "normalized_return_mean", "first_reach_steps_mean", "evaluations", "decision_ms")
@@ -67,6 +68,23 @@ def train_again(checkpoint: Path, seed: int) -> Path:
     words = [word for word in words if not word.startswith(("out=", "seed="))]
     pilotwave("train", *words, f"seed={seed}", f"out={run.relative_to(ROOT)}")
     return run
+
+
+def record(out: Path, row: str = "", figures: dict[str, Any] | None = None, seed: int | None = None) -> dict[str, Any]:
+    """All rows in the file `out`, in the table's order, after these figures joined a row (or its seed's); one process at a time."""
+    with out.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        results: dict[str, Any] = json.loads(file.read() or "{}")
+        if figures and seed is None:
+            results[row] = results.get(row, {}) | figures
+        elif figures:
+            results[row].setdefault("seeds", {})[str(seed)] = figures
+        order = [f"{task} {planner}" for task in TASKS for planner in PLANNERS]
+        results = {row: results[row] for row in order if row in results}
+        file.truncate(0)
+        file.write(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def table(results: dict[str, Any]) -> str:
@@ -120,9 +138,9 @@ def main() -> None:
     options = parser.parse_args()
     name = "replanning" if options.replanning else "planners"
     out = Path(options.out or ROOT / "docs" / "results" / f"{name}.json")
-    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     if options.replanning:
         results = replanning(options.seed, options.episodes or 50)
+        out.write_text(json.dumps(results, indent=1) + "\n")
     else:
         common = (f"episodes={options.episodes or 200}", f"seed={options.seed}", "num_envs=100")
         for task in TASKS:
@@ -131,23 +149,18 @@ def main() -> None:
                 checkpoint, row = ROOT / "checkpoints" / f"{task}-{trained}", f"{task} {planner}"
                 if not checkpoint.exists() or (options.words and not any(w in f"{task}-{planner}" for w in options.words)):
                     continue
-                if options.decisions and row not in results:
+                if (options.decisions or options.train) and row not in record(out):
                     continue
                 if options.decisions:
                     timed = rollout(checkpoint, "episodes=1", "horizon=1", f"seed={options.seed}", *settings)
-                    results[row]["decision_ms"] = timed["decision_ms"]
+                    record(out, row, {"decision_ms": timed["decision_ms"]})
                 elif options.train:
                     for seed in options.train:
                         run = train_again(checkpoint, seed)
-                        figures = rollout(run, *common, "timing_decisions=0", *settings)
-                        results[row].setdefault("seeds", {})[str(seed)] = figures
+                        record(out, row, rollout(run, *common, "timing_decisions=0", *settings), seed)
                 else:
-                    others = results.get(row, {}).get("seeds")
-                    results[row] = rollout(checkpoint, *common, *settings) | ({"seeds": others} if others else {})
-                out.write_text(json.dumps(results, indent=1) + "\n")
-        order = [f"{task} {planner}" for task in TASKS for planner in PLANNERS]
-        results = {row: results[row] for row in order if row in results}
-    out.write_text(json.dumps(results, indent=1) + "\n")
+                    record(out, row, rollout(checkpoint, *common, *settings))
+        results = record(out)
     text = replanning_table(results) if options.replanning else table(results)
     print(text)
     if options.out is None:

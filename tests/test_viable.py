@@ -68,7 +68,7 @@ def test_what_cannot_be_held_ends_in_one_line():
         planner.controller(task.spec, safety="correct", model="nowhere")
     for unheld in ({"margin": 0.0}, {"barriers": [{"shape": "box"}]}, {"model": "nowhere"}):
         for kind in (Diffuser, Veteran):
-            with pytest.raises(UserError, match=f"controller.{[*unheld][0]}: nothing holds it"):
+            with pytest.raises(UserError, match=f"controller.{next(iter(unheld))}: nothing holds it"):
                 untrained(kind).controller(task.spec, **unheld)
     with pytest.raises(UserError, match="4 apart"):
         ViablePlanner(untrained(Veteran, stride=4), PeakFilter(random_model(0), [ROOF]))
