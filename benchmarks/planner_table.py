@@ -6,12 +6,13 @@
     python benchmarks/planner_table.py --decisions                            # the time of a decision alone, of all rows
     python benchmarks/planner_table.py giant --episodes 50 --seed 20000 --out /tmp/tuning.json
     python benchmarks/planner_table.py --replanning                           # how often to decide, medium maze
+    python benchmarks/planner_table.py --selection                            # guidance against a choice, locomotion
 
 Each row is one `pilotwave rollout`, whose command is written beside its figures. --train runs the command on the checkpoint's
 card once more with seed=N, into runs/planners/CHECKPOINT-seedN (it goes on where it was stopped), and rolls that out
 too; the table then shows the mean over training seeds and its range. --decisions is for an idle machine, so that times can be
 compared. --replanning gives the second table: decisions at every step, every 16 steps and once, in 50 episodes of the
-medium maze a row.
+medium maze a row. --selection gives the third: one Diffuser's plans as drawn, guided by its value network, chosen by it, and both.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ COLUMNS = {
     "return": lambda r: r["return_mean"],
     "normalized": lambda r: r.get("normalized_return_mean"),
     "first reach step": lambda r: r["first_reach_steps_mean"],
+}
+SELECTION = {  # controller.guidance, controller.samples
+    "as drawn": (0.0, 1),
+    "guided": (0.1, 1),
+    "guided more": (1.0, 1),
+    "guided most": (10.0, 1),
+    "best of 16": (0.0, 16),
+    "guided, best of 16": (0.1, 16),
 }
 REPLANNING = {"every step": 1, "every 16 steps": 16, "once": 0}
 
@@ -119,6 +128,30 @@ def replanning(seed: int, episodes: int) -> dict[str, Any]:
     return {name: rollout(checkpoint, *common, f"controller.replan_every={every}") for name, every in REPLANNING.items()}
 
 
+def selection(seed: int, episodes: int) -> dict[str, Any]:
+    """The figures of the third table, by what happens to plans and task."""
+    common = (f"episodes={episodes}", f"seed={seed}", "num_envs=100", "timing_decisions=0")
+    return {
+        name: {
+            task: rollout(
+                ROOT / "checkpoints" / f"{task}-diffuser", *common, f"controller.guidance={w}", f"controller.samples={samples}"
+            )
+            for task in ("hopper", "walker2d")
+        }
+        for name, (w, samples) in SELECTION.items()
+    }
+
+
+def selection_table(results: dict[str, Any]) -> str:
+    """Markdown: normalized returns of guided and of chosen plans."""
+    lines = ["| plans | guidance | candidates | hopper | walker2d |", "| --- " * 5 + "|"]
+    for name, r in results.items():
+        w, samples = SELECTION[name]
+        scores = [f"{r[task]['normalized_return_mean']:.1f}" for task in ("hopper", "walker2d")]
+        lines.append(f"| {' | '.join([name, f'{w:g}', f'{samples}', *scores])} |")
+    return "\n".join(lines)
+
+
 def write(document: Path, mark: str, text: str) -> None:
     """Put a table between its marks."""
     before, _, rest = document.read_text().partition(f"<!-- {mark} -->")
@@ -134,12 +167,15 @@ def main() -> None:
     parser.add_argument("--train", type=int, nargs="+", default=[], metavar="SEED")
     parser.add_argument("--decisions", action="store_true")
     parser.add_argument("--replanning", action="store_true")
+    parser.add_argument("--selection", action="store_true")
     parser.add_argument("--out", help="where the figures go in place of docs/results, then without tables in docs/planners")
     options = parser.parse_args()
-    name = "replanning" if options.replanning else "planners"
+    beside = {"replanning": (replanning, replanning_table, 50), "selection": (selection, selection_table, 200)}
+    name = next((each for each in beside if getattr(options, each)), "planners")
     out = Path(options.out or ROOT / "docs" / "results" / f"{name}.json")
-    if options.replanning:
-        results = replanning(options.seed, options.episodes or 50)
+    if name in beside:
+        measure, as_table, episodes = beside[name]
+        results = measure(options.seed, options.episodes or episodes)
         out.write_text(json.dumps(results, indent=1) + "\n")
     else:
         common = (f"episodes={options.episodes or 200}", f"seed={options.seed}", "num_envs=100")
@@ -160,8 +196,8 @@ def main() -> None:
                         record(out, row, rollout(run, *common, "timing_decisions=0", *settings), seed)
                 else:
                     record(out, row, rollout(checkpoint, *common, *settings))
-        results = record(out)
-    text = replanning_table(results) if options.replanning else table(results)
+        results, as_table = record(out), table
+    text = as_table(results)
     print(text)
     if options.out is None:
         write(ROOT / "docs" / "planners" / "comparison.md", name, text)

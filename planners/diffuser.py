@@ -237,11 +237,12 @@ class Diffuser(Algorithm):
         constrain: Constrain | None = None,
         select: Select | None = None,
         begin: Tensor | None = None,
+        guidance: float | None = None,
     ) -> Tensor:
         """Trajectories (B, H, F) from observations (B, Do), goals (B, Dg), all normalized, and arrival tokens (B,).
 
         constrain: a further change of the state after each update, which leaves what is known as it is. select: a choice among
-        the trajectories on their way, in place of the value's gradient. begin: see `inpaint`.
+        the trajectories on their way, in place of the value's gradient. begin: see `inpaint`. guidance: in place of `value.scale`.
         """
         b, device = observation.shape[0], observation.device
         known = torch.zeros(b, self.H, self.layout.features, device=device)
@@ -250,8 +251,9 @@ class Diffuser(Algorithm):
             known[torch.arange(b, device=device), arrival, : self.spec.goal_dim] = goal
         clean = self.clean(arrival if goal is not None else None, b, device)
         guide = None
-        if self.value_config and select is None:
-            guide = Classifier(self._value, self.denoiser.schedule, float(self.value_config["scale"]))
+        scale = self._scale(guidance)
+        if scale and select is None:
+            guide = Classifier(self._value, self.denoiser.schedule, scale)
         return inpaint(
             self.denoiser, table, known, clean, generator, guide=guide, constrain=constrain, select=select, begin=begin,
             temperature=float(self.config.get("temperature", 1.0)),
@@ -267,6 +269,7 @@ class Diffuser(Algorithm):
         generator: torch.Generator | None = None,
         correction: Correction | None = None,
         arrivals: str | None = None,
+        guidance: float | None = None,
         draw: Draw | None = None,
     ) -> Plan:
         """Plans from observations (Do,) or (B, Do) to goals (Dg,) or (B, Dg), in the task's units.
@@ -274,7 +277,8 @@ class Diffuser(Algorithm):
         Returns a Plan of (samples, H, ...) or (B, samples, H, ...), best first: by the value network, or else by
         early arrival among the plans that the denoiser itself finds likely. Goals are needed where the data has them.
         correction: changes the states while they are sampled and after, before the plans are judged. arrivals: a key of
-        ARRIVALS in place of the config's. draw: makes the trajectories in place of `sample_plans`.
+        ARRIVALS in place of the config's. guidance: the scale of the value's gradient in place of `value.scale`, 0 for a choice
+        alone. draw: makes the trajectories in place of `sample_plans`.
         """
         device = next(self.parameters()).device
         question = Question.of(self.spec, self.normalizer, observation, goal, samples, device)
@@ -282,11 +286,11 @@ class Diffuser(Algorithm):
         if g is not None:
             arrival = self._arrivals(o[::samples], g[::samples], samples, arrivals).flatten()
         hook = None if correction is None else correction.during
-        steering = self._steering(samples, generator)
+        steering = self._steering(samples, generator, guidance)
         if draw is not None:
             x = draw(o, g, arrival)
         else:
-            x = self.sample_plans(o, g, arrival, self.table(sampler), generator, hook, steering)
+            x = self.sample_plans(o, g, arrival, self.table(sampler), generator, hook, steering, guidance=guidance)
         if steering is not None:
             with torch.no_grad():
                 x = steering.finish(x)
@@ -306,9 +310,16 @@ class Diffuser(Algorithm):
             actions = self.normalizer.denormalize("action", x[..., self.layout["action"]])
         return question.best_first(values, observations, actions, arrival)
 
-    def _steering(self, samples: int, generator: torch.Generator | None) -> FeynmanKac | None:
+    def _scale(self, guidance: float | None) -> float:
+        if guidance is not None and not self.value_config:
+            raise UserError(
+                "controller.guidance scales a value network, which this planner has not; planner.value trains one"
+            )
+        return float(self.value_config.get("scale", 0.0)) if guidance is None else guidance
+
+    def _steering(self, samples: int, generator: torch.Generator | None, guidance: float | None) -> FeynmanKac | None:
         """The choice among the samples of one observation by the value network, where `value.steer` names a potential."""
-        potential, scale = self.value_config.get("steer"), float(self.value_config.get("scale", 0.0))
+        potential, scale = self.value_config.get("steer"), self._scale(guidance)
         if potential is None:
             return None
 
@@ -376,6 +387,7 @@ class Diffuser(Algorithm):
         deviation: float | None = None,
         lookahead: float | None = None,
         arrivals: str | None = None,
+        guidance: float | None = None,
         safety: str | None = None,
         margin: float | None = None,
         barriers: Sequence[Mapping[str, Any]] = (),
@@ -386,7 +398,7 @@ class Diffuser(Algorithm):
         """This planner for roll-outs and robots.
 
         replan_every: steps between plans, 0 to plan once; samples: plans to choose from; track: "pd" tracks the planned
-        states, "actions" carries out the planned actions; deviation, lookahead: see PlanController; arrivals: see `plan`.
+        states, "actions" carries out the planned actions; deviation, lookahead: see PlanController; arrivals, guidance: see `plan`.
         Defaults are the config's `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers`
         (settings of `robots.barriers.build`) and from the hazards that a task observes; None plans past them. places: with
         safety, whether the places of the data are used where they were kept beside the weights. Plans without goals are corrected
@@ -397,6 +409,9 @@ class Diffuser(Algorithm):
         settings = sampler or self.config["sampler"]
         if arrivals is not None and arrivals not in ARRIVALS:
             raise nearest("controller.arrivals", str(arrivals), ARRIVALS)
+        self._scale(guidance)  # refuses here what a plan would
+        if guidance is not None and safety is not None:
+            raise UserError("controller.guidance is for plans without controller.safety")
         if getattr(task_spec, "apart", 0.0):
             if barriers or safety not in (None, "correct"):
                 raise UserError("two robots are planned for with controller.safety=correct, or each alone without; no barriers")
@@ -420,7 +435,8 @@ class Diffuser(Algorithm):
             built = [build(each) for each in barriers]
             return SafeController(planner, task_spec, settings, barriers=built, seed=seed, **control)
         refuse_unheld("ros, res, tvs or correct", margin=margin is not None, barriers=barriers, model=model)
-        return PlanController(self, task_spec, settings, seed=seed, options={"arrivals": arrivals}, **control)
+        options = {"arrivals": arrivals, "guidance": guidance}
+        return PlanController(self, task_spec, settings, seed=seed, options=options, **control)
 
 
 __all__: Sequence[str] = ["ARRIVALS", "Arrivals", "Diffuser"]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import offline
+import robots
 from offline import DataSpec, TrajectoryStore, Windows
 from offline.returns import scaled_returns
 from pilotwave.config import compose
@@ -122,8 +123,7 @@ def test_value_guidance_raises_the_value(store):
     planner.eval()
     means = []
     for scale in (0.0, 1.0):
-        planner.value_config["scale"] = scale
-        plan = planner.plan(np.zeros((64, 4)), samples=1, generator=torch.Generator().manual_seed(0))
+        plan = planner.plan(np.zeros((64, 4)), samples=1, guidance=scale, generator=torch.Generator().manual_seed(0))
         means.append(plan.observations[:, 0, -1, 0].mean())
     # reward is the x coordinate: guided plans end further right
     assert means[1] > means[0] + 0.02
@@ -131,11 +131,22 @@ def test_value_guidance_raises_the_value(store):
     planner.value_config["steer"] = "difference"
     sampler = {"name": "dpmpp_2m_sde", "steps": 8}
     for scale in (0.0, 4.0):
-        planner.value_config["scale"] = scale
+        planner.value_config["scale"] = scale  # as guidance=scale
         plan = planner.plan(np.zeros((4, 4)), samples=64, sampler=sampler, generator=torch.Generator().manual_seed(0))
         means.append(plan.observations[:, :, -1, 0].mean())
         np.testing.assert_allclose(plan.observations[:, :, 0], 0, atol=1e-5)
     assert means[3] > means[2] + 0.02
+    again = planner.plan(np.zeros((4, 4)), samples=64, sampler=sampler, guidance=0.0, generator=torch.Generator().manual_seed(0))
+    assert again.observations[:, :, -1, 0].mean() == means[2]
+
+
+def test_guidance_is_refused_where_nothing_guides(store):
+    task = robots.make("pointmaze-umaze")
+    with pytest.raises(UserError, match=r"controller.guidance scales a value network"):
+        build(store).controller(task.spec, guidance=1.0)
+    value = {"scale": 0.1, "discount": 0.9, "network": {"name": "mlp", "width": 64, "depth": 1}}
+    with pytest.raises(UserError, match=r"without controller.safety"):
+        build(store, goal_dim=0, value=value).controller(task.spec, guidance=1.0, safety="correct")
 
 
 def test_steering_by_value_refuses_goals_and_unknown_potentials():
