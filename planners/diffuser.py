@@ -312,9 +312,7 @@ class Diffuser(Algorithm):
 
     def _scale(self, guidance: float | None) -> float:
         if guidance is not None and not self.value_config:
-            raise UserError(
-                "controller.guidance scales a value network, which this planner has not; planner.value trains one"
-            )
+            raise UserError("controller.guidance scales a value network, which this planner has not; planner.value trains one")
         return float(self.value_config.get("scale", 0.0)) if guidance is None else guidance
 
     def _steering(self, samples: int, generator: torch.Generator | None, guidance: float | None) -> FeynmanKac | None:
