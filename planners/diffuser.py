@@ -391,6 +391,7 @@ class Diffuser(Algorithm):
         barriers: Sequence[Mapping[str, Any]] = (),
         places: bool = True,
         model: str | None = None,
+        rising: float | None = None,
         seed: int = 0,
     ) -> PlanController:
         """This planner for roll-outs and robots.
@@ -400,7 +401,7 @@ class Diffuser(Algorithm):
         Defaults are the config's `control`. safety: a method of `planners.safe`, whose plans keep `margin` from `barriers`
         (settings of `robots.barriers.build`) and from the hazards that a task observes; None plans past them. places: with
         safety, whether the places of the data are used where they were kept beside the weights. Plans without goals are corrected
-        as `planners.viable` says, whose `model` it is.
+        as `planners.viable` says, whose `model` and `rising` they are.
         """
         given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation}
         control = overlaid(self.config["control"], **given, lookahead=lookahead)
@@ -422,8 +423,10 @@ class Diffuser(Algorithm):
         if safety is not None and not self.spec.goal_dim:
             from planners import viable
 
-            held = viable.Settings(safety, margin, barriers, model)
+            held = viable.Settings(safety, margin, barriers, model, rising)
             return viable.controller(self, task_spec, settings, held, seed=seed, **control)
+        if safety is not None and (model or rising is not None):
+            raise UserError("controller.model and controller.rising are of plans without goals, under a roof")
         if safety is not None:
             from planners.places import Places
             from planners.safe import SafeController, SafeDiffuser
@@ -432,7 +435,9 @@ class Diffuser(Algorithm):
             planner.margin = planner.margin if margin is None else margin
             built = [build(each) for each in barriers]
             return SafeController(planner, task_spec, settings, barriers=built, seed=seed, **control)
-        refuse_unheld("ros, res, tvs or correct", margin=margin is not None, barriers=barriers, model=model)
+        refuse_unheld(
+            "ros, res, tvs or correct", margin=margin is not None, barriers=barriers, model=model, rising=rising is not None
+        )
         options = {"arrivals": arrivals, "guidance": guidance}
         return PlanController(self, task_spec, settings, seed=seed, options=options, **control)
 

@@ -181,16 +181,17 @@ class Veteran(Algorithm):
         margin: float | None = None,
         barriers: Sequence[Mapping[str, Any]] = (),
         model: str | None = None,
+        rising: float | None = None,
         seed: int = 0,
     ) -> PlanController:
         """This planner for roll-outs and robots; see Diffuser's. track: "actions" are those of the inverse dynamics. safety,
-        margin, barriers, model: see `planners.viable`."""
+        margin, barriers, model, rising: see `planners.viable`."""
         given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation}
         control = overlaid(self.config["control"], **given)
         if safety is not None:
             from planners import viable
 
-            held = viable.Settings(safety, margin, barriers, model)
+            held = viable.Settings(safety, margin, barriers, model, rising)
             return viable.controller(self, task_spec, sampler or self.config["sampler"], held, seed=seed, **control)
-        refuse_unheld("correct", margin=margin is not None, barriers=barriers, model=model)
+        refuse_unheld("correct", margin=margin is not None, barriers=barriers, model=model, rising=rising is not None)
         return PlanController(self, task_spec, sampler or self.config["sampler"], seed=seed, **control)

@@ -28,7 +28,8 @@ from planners.plan import Plan
 from robots.barriers import Barrier, build
 from robots.peak_filter import PeakFilter, for_task
 
-RISING = 1.2  # metres a second from which plans look at the peak: earlier, what the data went on to do is not yet decided
+# metres a second from which plans look at the peak, by task: earlier, what the data went on to do is not decided
+RISING = {"hopper": 1.2, "walker2d": 0.3}
 
 
 class ViablePlanner:
@@ -87,12 +88,14 @@ class ViablePlanner:
 @dataclass(frozen=True)
 class Settings:
     """safety: "correct". margin: what plans keep of barriers, the filter's where None. barriers: beside the task's, settings of
-    `robots.barriers.build`. model: a folder of `pilotwave train world_model=control_affine`; None for the task's shipped one."""
+    `robots.barriers.build`. model: a folder of `pilotwave train world_model=control_affine`; None for the task's shipped one.
+    rising: the speed from which plans look at the peak of a rise; None for the task's of RISING, or else the filter's."""
 
     safety: str
     margin: float | None = None
     barriers: Sequence[Mapping[str, Any]] = ()
     model: str | None = None
+    rising: float | None = None
 
 
 def controller(
@@ -105,6 +108,7 @@ def controller(
     if not every:
         raise UserError(f"{task_spec.name} has no barriers; add controller.barriers, or roll out under a roof (task=hopper-roof)")
     replan = int(control["replan_every"]) or planner.H
-    given: dict[str, Any] = {"rising": RISING} | ({} if settings.margin is None else {"margin": settings.margin})
+    rising = RISING.get(planner.spec.task) if settings.rising is None else settings.rising
+    given: dict[str, Any] = {key: value for key, value in (("rising", rising), ("margin", settings.margin)) if value is not None}
     guarded = ViablePlanner(planner, PeakFilter(for_task(planner.spec.task, settings.model), every, **given), replan)
     return PlanController(guarded, task_spec, sampler, seed=seed, **control)

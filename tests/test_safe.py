@@ -152,6 +152,8 @@ def test_what_does_not_fit_is_refused(diffuser):
         diffuser.controller(task.spec, safety="rso")
     with pytest.raises(UserError, match="margin: nothing holds it"):
         diffuser.controller(task.spec, margin=0.1)
+    with pytest.raises(UserError, match="are of plans without goals"):
+        diffuser.controller(task.spec, safety="correct", rising=0.5)
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_what_cannot_be_held_ends_in_one_line():
         planner.controller(robots.make("hopper").spec, safety="correct")
     with pytest.raises(UserError, match=r"nowhere lacks config.yaml"):
         planner.controller(task.spec, safety="correct", model="nowhere")
-    for unheld in ({"margin": 0.0}, {"barriers": [{"shape": "box"}]}, {"model": "nowhere"}):
+    for unheld in ({"margin": 0.0}, {"barriers": [{"shape": "box"}]}, {"model": "nowhere"}, {"rising": 0.0}):
         for kind in (Diffuser, Veteran):
             with pytest.raises(UserError, match=f"controller.{next(iter(unheld))}: nothing holds it"):
                 untrained(kind).controller(task.spec, **unheld)
