@@ -45,10 +45,14 @@ ROWS = [
     for robot, quality, explore in QUALITIES
     for filtered in (False, True)
 ]  # fmt: skip
+PLANNERS = [("hopper", "Diffuser"), ("hopper", "Veteran"), ("walker2d", "Veteran"), ("walker2d", "Trajectory Diffuser")]
 SAFE = {"hopper": {"margin": 0.0, "samples": 32}, "walker2d": {"margin": 0.01, "samples": 48}}
 ROWS += [
-    Row(f"{robot}, {name}{', safe plans' if safe else ''}{', filter' if filtered else ''}", robot, name.lower(), safe, filtered)
-    for robot, name in (("hopper", "Diffuser"), ("hopper", "Veteran"), ("walker2d", "Veteran"))
+    Row(
+        f"{robot}, {name}{', safe plans' if safe else ''}{', filter' if filtered else ''}",
+        robot, name.lower().replace(" ", "-"), safe, filtered,
+    )
+    for robot, name in PLANNERS
     for safe, filtered in (({}, False), ({"safety": "correct"} | SAFE[robot], False), ({}, True))
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ learned one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from diffusion.networks import build_network
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
 from offline.returns import scaled_returns
 from pilotwave.errors import UserError
-from planners.controller import PlanController, overlaid
+from planners.controller import PlanController, overlaid, refuse_unheld
 from planners.diffuser import Diffuser
 from planners.inverse_dynamics import InverseDynamics
 from planners.plan import Plan
@@ -182,6 +182,10 @@ class TrajectoryDiffuser(Algorithm):
         actions = self.normalizer.denormalize("action", self.inverse_dynamics.along(x.flatten(0, -3)))
         return Plan(plan.observations, actions.view(*states.shape[:-1], -1).cpu().numpy(), plan.values, plan.arrivals)
 
+    def judge(self, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Values (n,) of other plans without goals, states (n, H, Do), by the same measure."""
+        return self.refiner.judge(observations, actions)
+
     def controller(
         self,
         task_spec: Any,
@@ -192,12 +196,27 @@ class TrajectoryDiffuser(Algorithm):
         track: str | None = None,
         deviation: float | None = None,
         level: float | None = None,
+        safety: str | None = None,
+        margin: float | None = None,
+        barriers: Sequence[Mapping[str, Any]] = (),
+        model: str | None = None,
+        rising: float | None = None,
         seed: int = 0,
     ) -> PlanController:
-        """This planner for roll-outs and robots; see Diffuser's. level: see `plan`. The proposer's calls count as evaluations."""
+        """This planner for roll-outs and robots; see Diffuser's. level: see `plan`. The proposer's calls count as evaluations.
+        safety, margin, barriers, model, rising: see `planners.viable`."""
         given = {"replan_every": replan_every, "samples": samples, "track": track, "deviation": deviation}
         control = overlaid(self.config["control"], **given)
         settings = sampler or self.config["sampler"]
-        controller = PlanController(self, task_spec, settings, seed=seed, options={"level": level}, **control)
+        if safety is not None and level is not None:
+            raise UserError("controller.level is for plans without controller.safety")
+        if safety is not None:
+            from planners import viable
+
+            held = viable.Settings(safety, margin, barriers, model, rising)
+            controller = viable.controller(self, task_spec, settings, held, seed=seed, **control)
+        else:
+            refuse_unheld("correct", margin=margin is not None, barriers=barriers, model=model, rising=rising is not None)
+            controller = PlanController(self, task_spec, settings, seed=seed, options={"level": level}, **control)
         controller.evaluations = self.table(settings, level).evaluations + self.H - 1
         return controller

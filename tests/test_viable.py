@@ -10,11 +10,12 @@ import robots
 from offline import DataSpec, TrajectoryStore
 from pilotwave.config import compose
 from pilotwave.errors import UserError
-from planners import Diffuser, Veteran
+from planners import Diffuser, TrajectoryDiffuser, Veteran
 from planners.diffuser import UNSAFE
 from planners.viable import ViablePlanner
 from robots.peak_filter import PeakFilter
 
+KINDS = [Diffuser, Veteran, TrajectoryDiffuser]
 SPEC = DataSpec(task="hopper", observation_dim=5, action_dim=3, dt=0.008)
 
 
@@ -29,7 +30,7 @@ def untrained(kind, **changes):
     return planner.eval()
 
 
-@pytest.mark.parametrize("kind", [Diffuser, Veteran])
+@pytest.mark.parametrize("kind", KINDS)
 def test_corrected_plans_follow_the_model_and_keep_the_barrier(kind):
     planner, model = untrained(kind), random_model(2)
     filter = PeakFilter(model, [ROOF], margin=0.05, rising=0.1)
@@ -67,7 +68,7 @@ def test_what_cannot_be_held_ends_in_one_line():
     with pytest.raises(UserError, match=r"nowhere lacks config.yaml"):
         planner.controller(task.spec, safety="correct", model="nowhere")
     for unheld in ({"margin": 0.0}, {"barriers": [{"shape": "box"}]}, {"model": "nowhere"}, {"rising": 0.0}):
-        for kind in (Diffuser, Veteran):
+        for kind in KINDS:
             with pytest.raises(UserError, match=f"controller.{next(iter(unheld))}: nothing holds it"):
                 untrained(kind).controller(task.spec, **unheld)
     with pytest.raises(UserError, match="4 apart"):
