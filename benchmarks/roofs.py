@@ -46,7 +46,7 @@ ROWS = [
     for filtered in (False, True)
 ]  # fmt: skip
 PLANNERS = [("hopper", "Diffuser"), ("hopper", "Veteran"), ("walker2d", "Veteran"), ("walker2d", "Trajectory Diffuser")]
-SAFE = {"hopper": {"margin": 0.0, "samples": 32}, "walker2d": {"margin": 0.01, "samples": 48}}
+SAFE = {"hopper": {"margin": 0.0, "samples": 32}, "walker2d": {"margin": 0.01}}
 ROWS += [
     Row(
         f"{robot}, {name}{', safe plans' if safe else ''}{', filter' if filtered else ''}",

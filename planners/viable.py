@@ -28,8 +28,8 @@ from planners.plan import Plan
 from robots.barriers import Barrier, build
 from robots.peak_filter import PeakFilter, for_task
 
-# metres a second from which plans look at the peak, by task: earlier, what the data went on to do is not decided
-RISING = {"hopper": 1.2, "walker2d": 0.3}
+# metres a second from which plans look at the peak, by task: earlier, what the data went on to do is not decided. Else the filter's
+RISING = {"hopper": 1.2}
 
 
 class ViablePlanner:
