@@ -29,7 +29,7 @@ from robots.barriers import Barrier, build
 from robots.peak_filter import PeakFilter, for_task
 
 # metres a second from which plans look at the peak, by task: earlier, what the data went on to do is not decided. Else the filter's
-RISING = {"hopper": 1.2}
+RISING = {"hopper": 1.6}
 
 
 class ViablePlanner:
