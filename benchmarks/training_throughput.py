@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusion.denoiser import Denoiser
 from offline import Algorithm, DataSpec, TrainConfig, TrajectoryStore, build
-from offline.trainer import Stepper, accelerator_for, compile_networks, has_bf16
+from offline.hardware import has_bf16
+from offline.trainer import Stepper, accelerator_for, compile_networks
 from pilotwave.config import compose, plain
 from pilotwave.errors import nearest
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 import signal
@@ -51,6 +50,7 @@ from offline.checkpoint import (
     write_atomic,
     writing_error,
 )
+from offline.hardware import has_bf16, has_compiler
 from pilotwave.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -145,25 +145,6 @@ class Interrupted(SystemExit):
 def seed_of(*parts: int | str) -> int:
     """A 63-bit seed from numbers and words, the same on every machine; unlike sums, near parts give unrelated seeds."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little") >> 1
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 faster than float32 (emulation on a CPU is several times slower)."""
-    if device.type == "cpu":
-        known = torch.cpu.get_capabilities()
-        return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile can build kernels here: a C++ compiler for CPUs, Triton for GPUs."""
-    if device.type == "cpu":
-        return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
-    with suppress(ImportError):
-        import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
-
-        return device.type == "cuda"
-    return False
 
 
 # ---------------------------------------------------------------------------------------------------------- one step

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from offline.hardware import has_bf16
 from pilotwave.errors import UserError, nearest
 from planners.plan import Plan
 from robots import Chunk, DirectTracker, PDTracker
@@ -41,8 +42,8 @@ class PlanController:
     its goal, or whose goal has moved: the others go on, since a plan that works is worth more than a new one. The
     references are states tracked by a PD law with gains kp and kd, read `lookahead` seconds ahead, or the planned
     actions themselves. options: what `planner.plan` takes besides. evaluations: network calls a decision, the
-    sampler's where None. precision: bf16 has networks compute in it, all but what judges plans and what turns them into actions;
-    fp32 is the default. The noise comes from `seed`, so roll-outs repeat.
+    sampler's where None. precision: with bf16, networks compute in it where the hardware does, all but what judges plans
+    and what turns them into actions; fp32 is the default. The noise comes from `seed`, so roll-outs repeat.
     """
 
     def __init__(
@@ -116,7 +117,8 @@ class PlanController:
         """The precision of the networks."""
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(next(self.planner.parameters()).device.type, self.dtype)
+        device = next(self.planner.parameters()).device
+        return torch.autocast(device.type, self.dtype, enabled=has_bf16(device))  # emulated it takes twice float32's time
 
     def _renew(self, state: np.ndarray, goal: np.ndarray | None, step: int) -> np.ndarray:
         """Which robots (n,) get a new plan now."""

@@ -49,7 +49,7 @@ def test_plans_go_on_when_other_robots_have_fallen():
     np.testing.assert_array_equal(together["return"], alone)
 
 
-def test_networks_compute_in_the_asked_precision():
+def test_networks_compute_in_the_asked_precision_where_the_hardware_does(monkeypatch):
     class Network(Leaning, torch.nn.Linear):
         def plan(self, observation, goal, samples, **options):
             self.computed = self(torch.zeros(1, 2)).dtype
@@ -57,7 +57,10 @@ def test_networks_compute_in_the_asked_precision():
 
     task, network = robots.make("hopper"), Network(2, 2)
     settings = {"replan_every": 1, "samples": 1, "track": "actions", "kp": 0.0, "kd": 0.0, "evaluations": 1}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for hardware, precision, dtype in (
+        (True, "fp32", torch.float32), (True, "bf16", torch.bfloat16), (False, "bf16", torch.float32)
+    ):  # fmt: skip
+        monkeypatch.setattr("planners.controller.has_bf16", lambda device, known=hardware: known)
         controller = PlanController(network, task.spec, {}, precision=precision, **settings)
         controller.act({"state": np.zeros((1, 1, 11), np.float32)}, 0)
         assert network.computed == dtype
