@@ -106,15 +106,16 @@ class AtPeak(Barrier):
     features: Features = field(default_factory=lambda: slice(None), kw_only=True)
 
     def local(self, p: Any) -> tuple[Any, Any]:
-        model, xp = self.model, namespace(p)
-        peak, slope = model.peak(p)
-        rises = p[..., model.velocity] > self.rising
-        x = p + 0
-        x[..., model.feature] = xp.where(rises, peak, p[..., model.feature])
+        model, rises = self.model, p[..., self.model.velocity] > self.rising
+        x, slope = p + 0, p * 0
+        if rises.any():  # few do, and the peak's networks are what takes time here
+            at_peak = x[..., model.feature]  # a view
+            at_peak[rises], slope[rises] = model.peak(p[rises])
         value, gradient = self.of.both(x)
-        by_peak = gradient[..., model.feature, None] * slope
-        gradient[..., model.feature] = xp.where(rises, gradient[..., model.feature] * 0, gradient[..., model.feature])
-        return value, gradient + xp.where(rises[..., None], by_peak, by_peak * 0)
+        by_height = gradient[..., model.feature] + 0
+        gradient = gradient + by_height[..., None] * slope
+        gradient[..., model.feature] -= namespace(p).where(rises, by_height, by_height * 0)
+        return value, gradient
 
 
 class PeakFilter:
