@@ -112,23 +112,11 @@ def tracking_error(run: str, episodes: int, seed: int) -> dict[str, float]:
     roll-outs in the maze without hazards, over the steps before the goal is reached: quantiles."""
     import planners
     import robots
-    from robots.rollout import Decider
+    from robots.straying import straying
 
     planner, task = planners.load(run.format(maze="large")), robots.make("pointmaze-large")
     controller = planner.controller(task.spec, seed=seed)
-    observation = task.reset(range(seed, seed + episodes))
-    decider = Decider(controller, task.spec, observation)
-    strayed, going = [], np.ones(episodes, dtype=bool)
-    for step in range(task.spec.horizon):
-        observation, _, _, info = task.step(decider.actions(step))
-        decider.history.push(observation)
-        going &= ~info["success"]
-        a = controller.plan.observations[:, 0, :-1, :2]
-        along = controller.plan.observations[:, 0, 1:, :2] - a
-        gap = observation["state"][:, None, :2] - a
-        share = ((gap * along).sum(-1) / np.maximum((along * along).sum(-1), 1e-12)).clip(0, 1)
-        distance = np.linalg.norm(gap - share[..., None] * along, axis=-1).min(1)
-        strayed += distance[going].tolist()
+    strayed = straying(task, controller, episodes, seed)
     return {f"q{100 * q:g}": float(np.quantile(strayed, q)) for q in (0.5, 0.9, 0.95, 0.99)}
 
 

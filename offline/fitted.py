@@ -2,7 +2,8 @@
 sampler that it was fitted for where it is for one, and how.
 
 dpm_v3 (statistics), calibration and time_shift are fitted once for a checkpoint; dc (ratios), epsilon_scaling and alignment for one
-sampler and number of steps too. places, what the data itself has of places, lies there in the same way.
+sampler and number of steps too. places, what the data itself has of places, and tracking, how far robots stray from the planner's
+paths, lie there in the same way.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ def _places(learned: Algorithm, store: TrajectoryStore) -> Numbers:
 
 RECORDED: dict[str, Callable[[Algorithm, TrajectoryStore], Numbers]] = {"places": _places}
 """What is kept of the data itself: no sampler's numbers."""
+MEASURED = ("tracking",)
+"""What is measured in closed loop, by `pilotwave fit`: of a task, not of data."""
 FOR_ONE_SAMPLER = ("dc", "epsilon_scaling", "alignment")
 # the solver's option that takes the numbers, and what of them
 OPTIONS: dict[str, tuple[str, Callable[[Numbers], Any]]] = {
@@ -122,13 +125,14 @@ def packed_fit(sha256: str, sampler: Mapping[str, Any], numbers: Mapping[str, Te
 
 def load_fitted(origin: tuple[Path, str] | None, what: str, sampler: Mapping[str, Any]) -> Numbers:
     """The numbers of a fit; UserError where there are none, or those of other weights or another sampler, or a damaged file."""
-    if what not in FITS | RECORDED:
-        raise nearest("fit", what, FITS | RECORDED)
+    known = (*FITS, *RECORDED, *MEASURED)
+    if what not in known:
+        raise nearest("fit", what, known)
     if origin is None:
         raise UserError(f"'{what}' is fitted to saved weights; load a run or checkpoint, or give its numbers")
     folder, sha256 = origin
     file = fitted_file(folder, what, sampler)
-    again = f"fit it with pilotwave fit {folder} what={what} data=PATH"
+    again = f"fit it with pilotwave fit {folder} what={what}{'' if what in MEASURED else ' data=PATH'}"
     if what in FOR_ONE_SAMPLER:
         again += f" sampler={sampler['name']} sampler.steps={sampler['steps']}"
     if not file.exists():

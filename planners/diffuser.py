@@ -417,8 +417,8 @@ class Diffuser(Algorithm):
             from planners.joint import JointDiffuser
             from planners.places import Places
 
-            joint = JointDiffuser(self, task_spec.apart if safety else 0.0, places=Places.beside(self.origin) if places else None)
-            joint.margin = joint.margin if margin is None else margin
+            known = Places.beside(self.origin) if places else None
+            joint = JointDiffuser(self, task_spec.apart if safety else 0.0, margin=margin, places=known)
             return PlanController(joint, task_spec, settings, seed=seed, **control)
         if safety is not None and not self.spec.goal_dim:
             from planners import viable
@@ -431,8 +431,7 @@ class Diffuser(Algorithm):
             from planners.places import Places
             from planners.safe import SafeController, SafeDiffuser
 
-            planner = SafeDiffuser(self, safety, places=Places.beside(self.origin) if places else None)
-            planner.margin = planner.margin if margin is None else margin
+            planner = SafeDiffuser(self, safety, margin=margin, places=Places.beside(self.origin) if places else None)
             built = [build(each) for each in barriers]
             return SafeController(planner, task_spec, settings, barriers=built, seed=seed, **control)
         refuse_unheld(

@@ -23,13 +23,15 @@ import torch
 from planners.diffuser import UNSAFE, Diffuser
 from planners.places import Places
 from planners.plan import Plan
+from planners.tracking_margin import tracking_margin
 from robots.barriers import Separation, project
 
 
 class JointDiffuser:
     """See the module. As controllers see it, a planner of one robot with (p, q, velocities of both) for a state.
 
-    apart: metres between the robots; 0 plans each as if it were alone. margin: metres more, for tracking. refine: points a token.
+    apart: metres between the robots; 0 plans each as if it were alone. margin: metres more, for tracking;
+    None: twice what `planners.tracking_margin` derives for one robot. refine: points a token.
     keep: pairs that are projected. reach: metres that a plan may be moved. haste: a step of more than this times the data's longest
     is a leap. near: what a metre too near costs in the ranking of pairs. bend: what a metre of change costs of a plan's value.
     """
@@ -41,7 +43,7 @@ class JointDiffuser:
         diffuser: Diffuser,
         apart: float,
         *,
-        margin: float = 0.1,
+        margin: float | None = None,
         refine: int = 4,
         keep: int = 8,
         reach: float = 0.35,
@@ -50,7 +52,8 @@ class JointDiffuser:
         bend: float = 4.0,
         places: Places | None = None,
     ) -> None:
-        self.diffuser, self.apart, self.margin, self.refine, self.keep = diffuser, apart, margin, refine, keep
+        self.diffuser, self.apart, self.refine, self.keep = diffuser, apart, refine, keep
+        self.margin = 2 * tracking_margin(diffuser.origin) if margin is None else margin
         self.reach, self.haste, self.near, self.bend, self.places = reach, haste, near, bend, places
         one = diffuser.spec
         self.spec = replace(one, observation_dim=2 * one.observation_dim, action_dim=2 * one.action_dim, goal_dim=2 * one.goal_dim)

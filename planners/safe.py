@@ -35,6 +35,7 @@ from planners.controller import PlanController
 from planners.diffuser import UNSAFE, Diffuser
 from planners.places import Places
 from planners.plan import Corrected, Plan
+from planners.tracking_margin import tracking_margin
 from robots import Chunk
 from robots.barriers import Barrier, Superellipse, from_rows, project, values
 
@@ -112,7 +113,8 @@ METHODS: dict[str, Callable[[SafeDiffuser, float], float]] = {
 class SafeDiffuser:
     """A trained Diffuser whose plans keep to barriers.
 
-    method: a key of METHODS. margin: metres that plans keep from barriers: the tracking error. refine: points a token
+    method: a key of METHODS. margin: metres that plans keep from barriers, for the tracking
+    error; None derives it (`planners.tracking_margin`). refine: points a token
     of the path. ahead: seconds for which moving barriers are taken to go on as they do. hard: the level from which
     ReS is strict. depth: metres of TVS's slack at t = 1. haste: a corrected step of more than this times the data's
     longest is a leap through an obstacle. sag: what a segment may lose between its points. reach: a plan that must be
@@ -125,7 +127,7 @@ class SafeDiffuser:
         diffuser: Diffuser,
         method: str = "res",
         *,
-        margin: float = 0.05,
+        margin: float | None = None,
         refine: int = 4,
         ahead: float = 0.5,
         hard: float = 0.3,
@@ -140,7 +142,8 @@ class SafeDiffuser:
             raise nearest("controller.safety", str(method), METHODS)
         if not isinstance(diffuser, Diffuser) or not diffuser.spec.goal_dim:
             raise UserError("controller.safety needs a Diffuser whose first observations are positions to go to")
-        self.diffuser, self.method, self.margin, self.refine = diffuser, method, margin, refine
+        self.diffuser, self.method, self.refine = diffuser, method, refine
+        self.margin = tracking_margin(diffuser.origin) if margin is None else margin
         self.ahead, self.haste, self.sag, self.reach, self.bend = ahead, haste, sag, reach, bend
         self.places = places
         self.hard: float = hard

@@ -17,11 +17,12 @@ import offline
 import planners
 import robots
 from offline.checkpoint import read_card, write_atomic
-from offline.fitted import FITS, FOR_ONE_SAMPLER, OPTIONS, RECORDED, load_fitted, packed_fit
+from offline.fitted import FITS, FOR_ONE_SAMPLER, MEASURED, OPTIONS, RECORDED, fitted_file, load_fitted, packed_fit
 from pilotwave.cli import main
 from pilotwave.config import compose
 from pilotwave.errors import UserError
 from planners.places import Places
+from planners.tracking_margin import SHARE, UNMEASURED, tracking_margin
 
 SAMPLER = {"name": "ddim", "steps": 3}
 
@@ -56,6 +57,8 @@ def run(tmp_path_factory, data) -> Path:
     for what in FITS | RECORDED:
         words = [f"what={what}", f"data={data}", "samples=16", "sampler.steps=3", f"json={folder}/{what}.json"]
         assert main(["fit", str(folder), *words]) == 0
+    for what in MEASURED:
+        assert main(["fit", str(folder), f"what={what}", "episodes=2", f"json={folder}/{what}.json"]) == 0
     return folder
 
 
@@ -102,7 +105,7 @@ def test_the_same_command_fits_the_same(run, data, tmp_path):
 def test_an_exported_checkpoint_takes_its_fits_along(run, tmp_path):
     out = offline.export_checkpoint(run, tmp_path / "out")
     assert read_card(run)["sha256"] != read_card(out)["sha256"]
-    for what in FITS | RECORDED:
+    for what in (*FITS, *RECORDED, *MEASURED):
         numbers = [load_fitted(planners.load(folder).origin, what, sampler(what)) for folder in (run, out)]
         assert all(torch.equal(numbers[0][key], numbers[1][key]) for key in numbers[0])
 
@@ -113,6 +116,20 @@ def test_places_are_the_cells_that_data_came_to(run, data):
     assert (places.away(recorded) == 0).all()
     assert places.away(recorded.max(0) + 0.5) > 0.1
     assert Places.beside(None) is None
+
+
+def test_the_margin_of_plans_is_what_robots_were_measured_to_stray(run, tmp_path):
+    found = json.loads((run / "tracking.json").read_text())
+    assert 0 < found["steps"] <= 2 * 40
+    planner, spec = planners.load(run), robots.make("pointmaze-large-hazards").spec
+    assert planner.controller(spec, safety="correct").planner.margin == round(found["metres"]["q70"], 2)
+    assert planner.controller(spec, safety="correct", margin=0.3).planner.margin == 0.3
+    straight = {"quantiles": torch.linspace(0, 1, 101, dtype=torch.float64)}
+    origin = (Path(shutil.copytree(run, tmp_path / "run")), planner.origin[1])
+    write_atomic(fitted_file(origin[0], "tracking", {}), packed_fit(origin[1], {}, straight))
+    assert tracking_margin(origin) == SHARE
+    fitted_file(origin[0], "tracking", {}).unlink()
+    assert tracking_margin(origin) == tracking_margin(None) == UNMEASURED
 
 
 def error(capsys, *words: str) -> str:
@@ -127,6 +144,7 @@ def test_mistakes_end_in_one_line(run, data, tmp_path, capsys):
     fit = ["fit", str(run), "samples=4"]
     assert "did you mean 'calibration'" in error(capsys, *fit, "what=calibraton", f"data={data}")
     assert "no data given" in error(capsys, *fit, "what=calibration")
+    assert "at least 1" in error(capsys, *fit, "what=tracking", "episodes=0")
     other = tmp_path / "other.hdf5"
     with h5py.File(other, "w") as file:
         file["observations"], file["actions"] = np.zeros((50, 3), np.float32), np.zeros((50, 2), np.float32)
@@ -140,7 +158,7 @@ def test_mistakes_end_in_one_line(run, data, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("what", FITS | RECORDED)
+@pytest.mark.parametrize("what", [*FITS, *RECORDED, *MEASURED])
 def test_fits_of_other_weights_or_samplers_are_refused(run, what, tmp_path):
     origin = (Path(shutil.copytree(run, tmp_path / "run")), planners.load(run).origin[1])
     with pytest.raises(UserError, match="was fitted to other weights"):

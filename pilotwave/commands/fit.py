@@ -1,25 +1,32 @@
-"""`pilotwave fit`: a correction, or a solver's statistics, fitted to a run's weights on recorded data and saved beside them."""
+"""`pilotwave fit`: a correction, or a solver's statistics, fitted to a run's weights on recorded data, or what was measured in
+closed loop, saved beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from pilotwave.config import compose, plain
+from pilotwave.config import plain
 from pilotwave.console import metrics_table, writable, writable_folder, write_json
 from pilotwave.errors import UserError, nearest
-from pilotwave.runs import given, load, run_folder, sampler
+from pilotwave.runs import compose_for, given, load, run_folder, sampler, task_of
 
 
 def run(overrides: Sequence[str]) -> None:
     """Fit, print what it gains on other windows, and save."""
     folder = run_folder(given(overrides, "run"))
-    cfg = compose("fit", overrides)
+    cfg = compose_for("fit", overrides, folder)
     if cfg.json is not None:
         writable(cfg.json)
     writable_folder(folder)
+    from offline.fitted import MEASURED
+
+    if cfg.what in MEASURED:
+        measure(folder, cfg)
+        return
     if cfg.data is None:
         raise UserError("no data given; add data=PATH ('pilotwave data PATH' shows what a data set holds)")
 
@@ -30,7 +37,7 @@ def run(overrides: Sequence[str]) -> None:
     from offline.tables import sampler_table
 
     if cfg.what not in FITS | RECORDED:
-        raise nearest("fit", str(cfg.what), FITS | RECORDED)
+        raise nearest("fit", str(cfg.what), (*FITS, *RECORDED, *MEASURED))
     learned = load(folder, ("planner", "policy"), ema=cfg.ema, device=cfg.device)
     command = f"pilotwave fit what={cfg.what} data={cfg.data}"
     if cfg.what in RECORDED:
@@ -74,6 +81,26 @@ def run(overrides: Sequence[str]) -> None:
     write_json(cfg.json, metrics)
     use = f"sampler={cfg.what} sampler.{OPTIONS[cfg.what][0]}=fitted" if cfg.what in OPTIONS else f"sampler.correction={cfg.what}"
     print(f"use it: pilotwave rollout {folder} {use} sampler.steps={settings['steps']}")
+
+
+def measure(folder: Path, cfg: DictConfig) -> None:
+    """How far robots stray from the planner's paths: quantiles, of 0, 1, .. 100 % of the steps."""
+    from offline.checkpoint import write_atomic
+    from offline.fitted import fitted_file, packed_fit
+    from planners.tracking_margin import measured
+    from robots.straying import straying
+
+    if int(cfg.episodes) < 1:
+        raise UserError(f"episodes={cfg.episodes}; at least 1 is needed")
+    learned, task = load(folder, ("planner",), ema=cfg.ema, device=cfg.device), task_of(cfg, folder)
+    metres = straying(task, learned.controller(task.spec, seed=cfg.seed), int(cfg.episodes), cfg.seed)
+    numbers = measured(metres)
+    file, command = fitted_file(folder, cfg.what, {}), f"pilotwave fit what={cfg.what} episodes={cfg.episodes} seed={cfg.seed}"
+    write_atomic(file, packed_fit(learned.origin[1], {}, numbers, found_by=command))
+    found = {"steps": len(metres), "metres": {f"q{q}": float(numbers["quantiles"][q]) for q in (50, 70, 90, 95, 99)}}
+    metrics_table({"what": cfg.what, **found, "file": str(file)}, f"{folder}: how far robots stray from planned paths")
+    write_json(cfg.json, {"what": cfg.what, **found, "file": str(file)})
+    print("safe plans keep what it says from barriers (controller.safety)")
 
 
 def store_of(learned: Any, cfg: DictConfig) -> Any:
