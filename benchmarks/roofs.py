@@ -45,7 +45,8 @@ ROWS = [
     for robot, quality, explore in QUALITIES
     for filtered in (False, True)
 ]  # fmt: skip
-PLANNERS = [("hopper", "Diffuser"), ("hopper", "Veteran"), ("walker2d", "Veteran"), ("walker2d", "Trajectory Diffuser")]
+PLANNERS = [("hopper", "Diffuser"), ("hopper", "Veteran"), ("hopper", "Trajectory Diffuser")]
+PLANNERS += [("walker2d", "Veteran"), ("walker2d", "Trajectory Diffuser")]
 SAFE = {"hopper": {"margin": 0.0, "samples": 32}, "walker2d": {"margin": 0.01}}
 ROWS += [
     Row(

@@ -103,6 +103,7 @@ RECORDED: dict[str, Callable[[Algorithm, TrajectoryStore], Numbers]] = {"places"
 """What is kept of the data itself: no sampler's numbers."""
 MEASURED = ("tracking",)
 """What is measured in closed loop, by `pilotwave fit`: of a task, not of data."""
+KNOWN = (*FITS, *RECORDED, *MEASURED)
 FOR_ONE_SAMPLER = ("dc", "epsilon_scaling", "alignment")
 # the solver's option that takes the numbers, and what of them
 OPTIONS: dict[str, tuple[str, Callable[[Numbers], Any]]] = {
@@ -125,9 +126,8 @@ def packed_fit(sha256: str, sampler: Mapping[str, Any], numbers: Mapping[str, Te
 
 def load_fitted(origin: tuple[Path, str] | None, what: str, sampler: Mapping[str, Any]) -> Numbers:
     """The numbers of a fit; UserError where there are none, or those of other weights or another sampler, or a damaged file."""
-    known = (*FITS, *RECORDED, *MEASURED)
-    if what not in known:
-        raise nearest("fit", what, known)
+    if what not in KNOWN:
+        raise nearest("fit", what, KNOWN)
     if origin is None:
         raise UserError(f"'{what}' is fitted to saved weights; load a run or checkpoint, or give its numbers")
     folder, sha256 = origin

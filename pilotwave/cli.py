@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "behaviour": ("", "train a locomotion task's behaviour policies, whose data `collect` records: task=hopper out=FOLDER"),
     "rollout": ("run", "measure a planner or policy on its task: pilotwave rollout RUN episodes=100 json=out.json"),
     "tune": ("run", "find the best sampler's table for a run's weights: pilotwave tune RUN evaluations=5"),
-    "fit": ("run", "fit a correction or a solver's statistics to a run's weights: pilotwave fit RUN what=calibration data=PATH"),
+    "fit": ("run", "fit a correction, statistics or safe plans' margin to a run: pilotwave fit RUN what=calibration data=PATH"),
     "dream": ("run", "measure a world model beside the simulator: pilotwave dream RUN episodes=50 horizon=100"),
     "deploy": ("", "drive a robot in real time: robot=mujoco task=NAME policy=RUN seconds=60"),
     "demo": ("", "from nothing to a moving robot: collect, train, roll out, drive; writes a video and a report"),

@@ -118,7 +118,7 @@ class PlanController:
         if self.dtype == torch.float32:
             return nullcontext()
         device = next(self.planner.parameters()).device
-        return torch.autocast(device.type, self.dtype, enabled=has_bf16(device))  # emulated it takes twice float32's time
+        return torch.autocast(device.type, self.dtype, enabled=has_bf16(device))  # emulated, it is slower than float32
 
     def _renew(self, state: np.ndarray, goal: np.ndarray | None, step: int) -> np.ndarray:
         """Which robots (n,) get a new plan now."""

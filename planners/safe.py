@@ -113,13 +113,13 @@ METHODS: dict[str, Callable[[SafeDiffuser, float], float]] = {
 class SafeDiffuser:
     """A trained Diffuser whose plans keep to barriers.
 
-    method: a key of METHODS. margin: metres that plans keep from barriers, for the tracking
-    error; None derives it (`planners.tracking_margin`). refine: points a token
-    of the path. ahead: seconds for which moving barriers are taken to go on as they do. hard: the level from which
-    ReS is strict. depth: metres of TVS's slack at t = 1. haste: a corrected step of more than this times the data's
-    longest is a leap through an obstacle. sag: what a segment may lose between its points. reach: a plan that must be
-    moved further than this, in metres, leads through an obstacle and counts as unsafe. bend: what a metre of change
-    costs of a plan's value. places: where demonstrations were; plans that leave them count as unsafe.
+    method: a key of METHODS. margin: metres that plans keep from barriers, for the tracking error; None derives
+    it (`planners.tracking_margin`). refine: points a token of the path. ahead: seconds for which moving barriers are
+    taken to go on as they do. hard: the level from which ReS is strict. depth: metres of TVS's slack at t = 1. haste: a
+    corrected step of more than this times the data's longest is a leap through an obstacle. sag: what a segment may lose
+    between its points. reach: a plan that must be moved further than this, in metres, leads through an obstacle and
+    counts as unsafe. bend: what a metre of change costs of a plan's value. places: where demonstrations were; plans that
+    leave them count as unsafe.
     """
 
     def __init__(

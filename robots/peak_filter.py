@@ -107,15 +107,15 @@ class AtPeak(Barrier):
 
     def local(self, p: Any) -> tuple[Any, Any]:
         model, rises = self.model, p[..., self.model.velocity] > self.rising
-        x, slope = p + 0, p * 0
+        x, slope = p + 0, p * 0  # slope: of the feature that b is asked of, by the state
+        slope[..., model.feature] = 1
         if rises.any():  # few do, and the peak's networks are what takes time here
             at_peak = x[..., model.feature]  # a view
             at_peak[rises], slope[rises] = model.peak(p[rises])
         value, gradient = self.of.both(x)
-        by_height = gradient[..., model.feature] + 0
-        gradient = gradient + by_height[..., None] * slope
-        gradient[..., model.feature] -= namespace(p).where(rises, by_height, by_height * 0)
-        return value, gradient
+        by_feature = gradient[..., model.feature, None] + 0
+        gradient[..., model.feature] = 0
+        return value, gradient + by_feature * slope
 
 
 class PeakFilter:

@@ -17,7 +17,7 @@ import offline
 import planners
 import robots
 from offline.checkpoint import read_card, write_atomic
-from offline.fitted import FITS, FOR_ONE_SAMPLER, MEASURED, OPTIONS, RECORDED, fitted_file, load_fitted, packed_fit
+from offline.fitted import FITS, FOR_ONE_SAMPLER, KNOWN, MEASURED, OPTIONS, RECORDED, fitted_file, load_fitted, packed_fit
 from pilotwave.cli import main
 from pilotwave.config import compose
 from pilotwave.errors import UserError
@@ -105,7 +105,7 @@ def test_the_same_command_fits_the_same(run, data, tmp_path):
 def test_an_exported_checkpoint_takes_its_fits_along(run, tmp_path):
     out = offline.export_checkpoint(run, tmp_path / "out")
     assert read_card(run)["sha256"] != read_card(out)["sha256"]
-    for what in (*FITS, *RECORDED, *MEASURED):
+    for what in KNOWN:
         numbers = [load_fitted(planners.load(folder).origin, what, sampler(what)) for folder in (run, out)]
         assert all(torch.equal(numbers[0][key], numbers[1][key]) for key in numbers[0])
 
@@ -144,6 +144,7 @@ def test_mistakes_end_in_one_line(run, data, tmp_path, capsys):
     fit = ["fit", str(run), "samples=4"]
     assert "did you mean 'calibration'" in error(capsys, *fit, "what=calibraton", f"data={data}")
     assert "no data given" in error(capsys, *fit, "what=calibration")
+    assert "did you mean 'tracking'" in error(capsys, *fit, "what=trackin")
     assert "at least 1" in error(capsys, *fit, "what=tracking", "episodes=0")
     other = tmp_path / "other.hdf5"
     with h5py.File(other, "w") as file:
@@ -158,7 +159,7 @@ def test_mistakes_end_in_one_line(run, data, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("what", [*FITS, *RECORDED, *MEASURED])
+@pytest.mark.parametrize("what", KNOWN)
 def test_fits_of_other_weights_or_samplers_are_refused(run, what, tmp_path):
     origin = (Path(shutil.copytree(run, tmp_path / "run")), planners.load(run).origin[1])
     with pytest.raises(UserError, match="was fitted to other weights"):

@@ -22,22 +22,20 @@ def run(overrides: Sequence[str]) -> None:
     if cfg.json is not None:
         writable(cfg.json)
     writable_folder(folder)
-    from offline.fitted import MEASURED
 
+    import torch
+
+    from offline.checkpoint import write_atomic
+    from offline.fitted import FITS, FITTED, KNOWN, MEASURED, OPTIONS, RECORDED, fitted_file, packed_fit
+    from offline.tables import sampler_table
+
+    if cfg.what not in KNOWN:
+        raise nearest("fit", str(cfg.what), KNOWN)
     if cfg.what in MEASURED:
         measure(folder, cfg)
         return
     if cfg.data is None:
         raise UserError("no data given; add data=PATH ('pilotwave data PATH' shows what a data set holds)")
-
-    import torch
-
-    from offline.checkpoint import write_atomic
-    from offline.fitted import FITS, FITTED, OPTIONS, RECORDED, fitted_file, packed_fit
-    from offline.tables import sampler_table
-
-    if cfg.what not in FITS | RECORDED:
-        raise nearest("fit", str(cfg.what), (*FITS, *RECORDED, *MEASURED))
     learned = load(folder, ("planner", "policy"), ema=cfg.ema, device=cfg.device)
     command = f"pilotwave fit what={cfg.what} data={cfg.data}"
     if cfg.what in RECORDED:
@@ -93,7 +91,8 @@ def measure(folder: Path, cfg: DictConfig) -> None:
     if int(cfg.episodes) < 1:
         raise UserError(f"episodes={cfg.episodes}; at least 1 is needed")
     learned, task = load(folder, ("planner",), ema=cfg.ema, device=cfg.device), task_of(cfg, folder)
-    metres = straying(task, learned.controller(task.spec, seed=cfg.seed), int(cfg.episodes), cfg.seed)
+    controller = learned.controller(task.spec, sampler=sampler(learned, cfg), seed=cfg.seed)
+    metres = straying(task, controller, int(cfg.episodes), cfg.seed)
     numbers = measured(metres)
     file, command = fitted_file(folder, cfg.what, {}), f"pilotwave fit what={cfg.what} episodes={cfg.episodes} seed={cfg.seed}"
     write_atomic(file, packed_fit(learned.origin[1], {}, numbers, found_by=command))
