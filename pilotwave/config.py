@@ -16,17 +16,18 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pilotwave.errors import UserError, nearest
 
 Extra = Callable[[str], Mapping[str, Mapping[str, Any]]]
 
-# Whole numbers that make no sense below these, wherever they stand in a configuration.
+# Numbers that make no sense below these, wherever they stand in a configuration.
 LEAST = {
     "steps": 1, "horizon": 1, "batch": 1, "episodes": 1, "samples": 1, "num_envs": 1, "width": 1, "depth": 1, "seed": 0,
     "held_out": 0, "replan_every": 0, "lead": 0, "history": 1, "evaluations": 1,
+    "margin": 0, "deviation": 0, "lookahead": 0, "kp": 0, "kd": 0, "rising": 0, "seconds": 0, "delay": 0, "replan": 0,
 }  # fmt: skip
 
 # Keys whose value is taken as it stands, so that a path needs no quotes against Hydra's grammar.
@@ -108,7 +109,7 @@ def compose(command: str, overrides: Sequence[str] = (), extra: Extra | None = N
     for override in values:
         if not override.is_delete():
             _check_type(str(override.key_or_group), config, base)
-    check_least(config)
+    check_numbers(config)
     OmegaConf.set_struct(config, True)
     return config
 
@@ -212,12 +213,16 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
-def check_least(config: Any, where: str = "") -> None:
-    """UserError for a number below what its name allows (`steps=0`, `planner.horizon=-8`)."""
-    if isinstance(config, DictConfig):
-        for name in config:
-            check_least(config[name], f"{where}.{name!s}".lstrip("."))
+def check_numbers(config: Any, where: str = "") -> None:
+    """UserError for NaN, and for a number below what its name allows (`steps=0`, `planner.horizon=-8`)."""
+    if isinstance(config, DictConfig | ListConfig):
+        for name, part in config.items() if isinstance(config, DictConfig) else enumerate(config):
+            check_numbers(part, f"{where}.{name!s}".lstrip("."))
         return
+    if not isinstance(config, int | float):
+        return
+    if config != config:
+        raise UserError(f"{where} is not a number; it must be one")
     least = LEAST.get(where.rpartition(".")[2])
-    if least is not None and isinstance(config, int | float) and not config >= least:
+    if least is not None and not config >= least:
         raise UserError(f"{where} is {config}; it must be at least {least}")

@@ -16,3 +16,10 @@ def nearest(kind: str, name: str, known: Iterable[str]) -> UserError:
     close = get_close_matches(name, choices, n=1, cutoff=0.4)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return UserError(f"unknown {kind} '{name}'; {hint}known: {', '.join(choices)}")
+
+
+def require(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """UserError unless a setting is a finite number from `low` to `high`."""
+    if not (low <= value <= high and abs(value) < float("inf")):
+        wanted = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+        raise UserError(f"{name} is {value}; it must be {wanted}")

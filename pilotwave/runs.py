@@ -7,7 +7,7 @@ import inspect
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig
 
@@ -111,7 +111,36 @@ def controller(learned: Any, spec: Any, cfg: DictConfig) -> Any:
     for name in options:
         if name not in known:
             raise nearest("key", f"controller.{name}", [f"controller.{entry}" for entry in known])
+    _check_kinds(learned.controller, options)
+    if cfg.get("barriers") and options.get("safety") is not None:
+        options["barriers"] = [*plain(cfg.barriers), *options.get("barriers", [])]
     return learned.controller(spec, sampler=sampler(learned, cfg), **options)
+
+
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a word"),
+    Sequence: ((list,), "a list"),
+    Mapping: ((dict,), "settings such as {name: value}"),
+}
+"""An annotation -> the types of values from the command line that it takes, and what these are called."""
+
+
+def _check_kinds(call: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """UserError for an option of another kind than its annotation in `call`, where that is one of KINDS."""
+    try:
+        hints = get_type_hints(call)
+    except NameError:  # a plugin's, of names that only type checkers see
+        return
+    for name, value in options.items():
+        hint = hints.get(name)
+        parts = (hint,) if get_origin(hint) in KINDS else get_args(hint) or (hint,)
+        kinds = [KINDS.get(get_origin(part) or part) for part in parts if part is not type(None)]
+        known = [kind for kind in kinds if kind is not None]
+        if value is not None and known and len(known) == len(kinds) and not any(type(value) in types for types, _ in known):
+            raise UserError(f"controller.{name} is '{value}'; it must be {' or '.join(words for _, words in known)}")
 
 
 def provenance() -> dict[str, str]:
@@ -125,6 +154,14 @@ def provenance() -> dict[str, str]:
     return {"version": __version__, **({"commit": done.stdout.strip()} if done.returncode == 0 else {})}
 
 
+def asked(cfg: DictConfig, task: Any) -> list[Any]:
+    """All barriers of the command line, the filter's and those of safe plans too: the executed motion is judged by them."""
+    from robots.barriers import build
+
+    places = (cfg.barriers, cfg.filter.barriers, cfg.controller.get("barriers") or [])
+    return [barrier for each in places for barrier in build(plain(each), task.spec.observation_dim)]
+
+
 def guard(cfg: DictConfig, task: Any) -> Any:
     """The filter of actions that `filter:` asks for, or None."""
     settings = plain(cfg.filter)
@@ -132,7 +169,8 @@ def guard(cfg: DictConfig, task: Any) -> Any:
         return None
     from robots.barriers import build
 
-    barriers = [*task.barriers, *(build(each) for each in settings.pop("barriers"))]
+    further = [*plain(cfg.barriers), *settings.pop("barriers")]
+    barriers = [*task.barriers, *build(further, task.spec.observation_dim)]
     return FILTERS[settings.pop("name")](cfg, task, barriers, settings)
 
 

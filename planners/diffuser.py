@@ -432,7 +432,7 @@ class Diffuser(Algorithm):
             from planners.safe import SafeController, SafeDiffuser
 
             planner = SafeDiffuser(self, safety, margin=margin, places=Places.beside(self.origin) if places else None)
-            built = [build(each) for each in barriers]
+            built = build(barriers, self.spec.observation_dim)
             return SafeController(planner, task_spec, settings, barriers=built, seed=seed, **control)
         refuse_unheld(
             "ros, res, tvs or correct", margin=margin is not None, barriers=barriers, model=model, rising=rising is not None

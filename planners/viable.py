@@ -104,7 +104,7 @@ def controller(
     """The controller of a planner without goals under barriers; control: as PlanController takes it."""
     if settings.safety != "correct":
         raise UserError(f"controller.safety={settings.safety} is for plans to goals; plans without goals take correct")
-    every: list[Barrier] = [*task_spec.barriers, *(build(each) for each in settings.barriers)]
+    every: list[Barrier] = [*task_spec.barriers, *build(settings.barriers, planner.spec.observation_dim)]
     if not every:
         raise UserError(f"{task_spec.name} has no barriers; add controller.barriers, or roll out under a roof (task=hopper-roof)")
     replan = int(control["replan_every"]) or planner.H

@@ -49,6 +49,18 @@ def _norm(x: Any) -> Any:
     return (x * x).sum(-1) ** 0.5
 
 
+def _numbers(name: str, value: Any, *shape: int) -> np.ndarray:
+    """A setting as finite numbers of a shape; UserError for what is none."""
+    wanted = f"finite numbers, {' x '.join(map(str, shape))} of them" if shape else "a finite number"
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is {value}; it must be {wanted}") from None
+    if array.shape != shape or not np.isfinite(array).all():
+        raise UserError(f"{name} is {value}; it must be {wanted}")
+    return array
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Barrier(ABC):
     """features: which of x's features it reads, d of them. velocity: of what it describes, in features a second."""
@@ -60,6 +72,11 @@ class Barrier(ABC):
     @abstractmethod
     def local(self, p: Any) -> tuple[Any, Any]:
         """b (...) and its gradient (..., d) at features p (..., d), as they are at time 0."""
+
+    def check(self, d: int) -> None:
+        """UserError for parameters, of one set, that describe nothing in d features."""
+        if self.velocity is not None:
+            _numbers("velocity", self.velocity, d)
 
     def _at(self, x: Any, time: Any) -> tuple[Any, Any]:
         p = x[..., self.features]
@@ -95,6 +112,14 @@ class Superellipse(Barrier):
     radii: Any
     power: Any = 2.0
 
+    def check(self, d: int) -> None:
+        super().check(d)
+        _numbers("center", self.center, d)
+        if (_numbers("radii", self.radii, d) <= 0).any():
+            raise UserError(f"radii are {self.radii}; all must be above 0")
+        if _numbers("power", self.power) < 2:
+            raise UserError(f"power is {self.power}; it must be at least 2")
+
     def local(self, p: Any) -> tuple[Any, Any]:
         radii, power = spread(p, self.radii) + p[..., :1] * 0, spread(p, self.power)
         z = (p - spread(p, self.center)) / radii
@@ -120,6 +145,11 @@ class Box(Barrier):
     low: Any
     high: Any
 
+    def check(self, d: int) -> None:
+        super().check(d)
+        if (_numbers("low", self.low, d) >= _numbers("high", self.high, d)).any():
+            raise UserError(f"low is {self.low} and high {self.high}; low must be below high in each")
+
     def local(self, p: Any) -> tuple[Any, Any]:
         low, high = spread(p, self.low), spread(p, self.high)
         offset = p - (low + high) / 2
@@ -140,6 +170,12 @@ class Polygon(Barrier):
     """Keep out of a simple polygon, convex or not: vertices (k, 2) in order. The signed distance."""
 
     vertices: Any
+
+    def check(self, d: int) -> None:
+        super().check(d)
+        corners = _numbers("vertices", self.vertices, len(self.vertices), 2)
+        if d != 2 or len(corners) < 3 or (corners == np.roll(corners, 1, 0)).all(1).any():
+            raise UserError("a polygon has at least 3 vertices of 2 features, each unlike the next")
 
     def local(self, p: Any) -> tuple[Any, Any]:
         xp = namespace(p)
@@ -176,6 +212,14 @@ class Grid(Barrier):
     origin: Any
     spacing: float
 
+    def check(self, d: int) -> None:
+        super().check(d)
+        _numbers("origin", self.origin, d)
+        nodes = np.shape(self.values)
+        if len(nodes) != d or min(nodes) < 2 or _numbers("spacing", self.spacing) <= 0:
+            raise UserError(f"a grid has {d} axes of at least 2 nodes, as many as features, and a spacing above 0")
+        _numbers("values", self.values, *nodes)
+
     def local(self, p: Any) -> tuple[Any, Any]:
         xp = namespace(p)
         values = like(p, self.values)
@@ -210,6 +254,12 @@ class HalfSpace(Barrier):
     normal: Any
     offset: float
 
+    def check(self, d: int) -> None:
+        super().check(d)
+        _numbers("offset", self.offset)
+        if not _numbers("normal", self.normal, d).any():
+            raise UserError("normal is 0; it must point somewhere")
+
     def local(self, p: Any) -> tuple[Any, Any]:
         normal = like(p, self.normal)
         unit = normal / _norm(normal)
@@ -234,6 +284,11 @@ class Separation(Barrier):
     distance: float
     features: Features = field(default_factory=lambda: slice(0, 4), kw_only=True)
     steepest: ClassVar[float] = 2**0.5
+
+    def check(self, d: int) -> None:
+        super().check(d)
+        if d % 2 or _numbers("distance", self.distance) <= 0:
+            raise UserError(f"distance is {self.distance}, of {d} features; it must be above 0, and features two halves")
 
     def local(self, p: Any) -> tuple[Any, Any]:
         half = p.shape[-1] // 2
@@ -296,9 +351,17 @@ SHAPES: dict[str, type[Barrier]] = {
 }
 
 
-def build(settings: Mapping[str, Any]) -> Barrier:
-    """A barrier from {shape: box, low: [1, 1], high: [2, 2]}: a key of SHAPES and its parameters; `features` is a list
-    of numbers, `inside: true` keeps the robot within the shape instead of out of it."""
+def build(settings: Any, width: int) -> list[Barrier]:
+    """Barriers of states (..., width) from settings [{shape: box, low: [1, 1], high: [2, 2]}, ...]: keys of SHAPES and their
+    parameters; `features` is a list of numbers, `inside: true` keeps the robot within the shape instead of out of it."""
+    if isinstance(settings, str | Mapping) or not isinstance(settings, Sequence):
+        raise UserError(f"barriers are a list such as [{{shape: box, low: [1, 1], high: [2, 2]}}]; got {settings}")
+    return [_barrier(each, width) for each in settings]
+
+
+def _barrier(settings: Any, width: int) -> Barrier:
+    if not isinstance(settings, Mapping):
+        raise UserError(f"a barrier is written as {{shape: box, low: [1, 1], high: [2, 2]}}; got {settings}")
     options = dict(settings)
     shape, inside = str(options.pop("shape", "")), options.pop("inside", False)
     if shape not in SHAPES:
@@ -309,10 +372,24 @@ def build(settings: Mapping[str, Any]) -> Barrier:
             raise nearest(f"setting of the barrier '{shape}'", str(name), known)
     try:
         barrier = SHAPES[shape](**options)
-        barrier.value(np.zeros((1, 1 + max(options.get("features", range(4))))))
-    except (TypeError, ValueError, IndexError) as error:
+        read = indices(barrier.features, width)
+        if not read or len(set(read)) < len(read):
+            raise UserError(f"features are {options['features']}; at least one is needed, and each once")
+        if not isinstance(inside, bool):
+            raise UserError(f"inside is {inside}; it must be true or false")
+        barrier.check(len(read))
+    except (UserError, TypeError, ValueError) as error:
         raise UserError(f"the barrier {dict(settings)} does not fit together: {error}") from None
     return Complement(barrier, features=barrier.features, velocity=barrier.velocity) if inside else barrier
+
+
+def indices(features: Features, width: int) -> list[int]:
+    """Which of a state's `width` features those are; UserError for others."""
+    if isinstance(features, slice):
+        return list(range(width))[features]
+    if not isinstance(features, Sequence) or not all(isinstance(i, int) and 0 <= i < width for i in features):
+        raise UserError(f"features are {features}; they must be a list of numbers from 0 to {width - 1}")
+    return list(features)
 
 
 ROW = ("center_x", "center_y", "radius_x", "radius_y", "power", "velocity_x", "velocity_y")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from robots.barriers import ROW
+from robots.barriers import ROW, Barrier
 from robots.robot import EPISODE, GOAL, HAZARD, Outcome, Robot
-from robots.tasks.base import Task
+from robots.tasks.base import Task, executed_margin
 
 MAX_CATCH_UP = 1.0
 
@@ -22,14 +22,16 @@ class MujocoRobot(Robot):
     It moves on whether or not the loop is in time, as a machine would. After a reset it rests until its first command.
     An episode ends when the task says success (in tasks with `goal="chain"` the next goal follows where the robot is),
     terminates, or its horizon is over; then the scene is reset with the next seed and "episode" counts up.
-    now: the clock, `time.monotonic` by default. outcomes: the last ten thousand episodes. worst_margin: the smallest barrier
-    of a hazard so far, None without hazards.
+    now: the clock, `time.monotonic` by default. barriers: what it is judged by beside the task's own. outcomes: the last ten
+    thousand episodes. worst_margin: the smallest barrier so far, None without any.
     """
 
     name = "mujoco"
 
-    def __init__(self, task: Task, *, seed: int = 0, now: Callable[[], float] = time.monotonic) -> None:
-        self.task, self._now, self._seed = task, now, seed
+    def __init__(
+        self, task: Task, *, seed: int = 0, barriers: Sequence[Barrier] = (), now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.task, self.barriers, self._now, self._seed = task, barriers, now, seed
         spec = task.spec
         self.outcomes: deque[Outcome] = deque(maxlen=10_000)
         self.stalled = 0.0
@@ -79,8 +81,9 @@ class MujocoRobot(Robot):
             self._arrays, _, terminated, info = self.task.step(self._action)
             self._steps += 1
             steps, success = self._steps - self._begun, bool(info["success"][0])
-            if "margin" in info:
-                margin = float(info["margin"][0])
+            least = executed_margin(info, self._arrays, self.barriers)
+            if least is not None:
+                margin = float(least[0])
                 kept = (self._margin, self.worst_margin)
                 self._margin, self.worst_margin = (margin if m is None else min(margin, m) for m in kept)
             if success or bool(terminated[0]) or steps >= self.task.spec.horizon:

@@ -27,7 +27,7 @@ import numpy as np
 import safetensors.numpy
 import yaml
 
-from pilotwave.errors import UserError
+from pilotwave.errors import UserError, require
 from robots.barriers import Barrier, Features, least_change, like, namespace, values
 
 ROUNDING = 1e-6
@@ -132,6 +132,8 @@ class PeakFilter:
         effort: float = 0.05,
         iterations: int = 3,
     ) -> None:
+        for name, value in (("margin", margin), ("rising", rising), ("effort", effort)):
+            require(f"filter.{name}", value, 0)
         self.model, self.margin, self.effort, self.iterations = model, margin, effort, iterations
         self.barriers = [AtPeak(barrier, model, rising) for barrier in barriers]
         self.weight = 1 / model.change

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from pilotwave.errors import UserError
+from robots.barriers import Barrier
 from robots.controller import Chunk, Controller, Observation
 from robots.safety_filter import SafetyFilter
-from robots.tasks.base import Task, TaskSpec
+from robots.tasks.base import Task, TaskSpec, executed_margin
 
 Metrics = dict[str, Any]
 
@@ -133,6 +134,7 @@ def rollout(
     video_episodes: int = 4,
     timing_decisions: int = 0,
     guard: SafetyFilter | None = None,
+    barriers: Sequence[Barrier] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Metrics:
     """Run `episodes` episodes, `num_envs` at a time, and return the metrics of the contract, JSON-able.
@@ -141,7 +143,8 @@ def rollout(
     batch ends early when all its episodes have terminated. decision_ms is measured around `controller.act` for the
     batch that it ran ("batch" says how many at once); with timing_decisions > 0 it comes from that many further
     decisions of one robot alone, after one that warms up. video: an .mp4 or .gif of the first `video_episodes`
-    episodes. guard: filters the actions. progress: called with (episodes done, episodes).
+    episodes. guard: filters the actions. barriers: what executed states are judged by beside the task's own. progress:
+    called with (episodes done, episodes).
     """
     for name, value in {"episodes": episodes, "num_envs": num_envs, "horizon": horizon or task.spec.horizon}.items():
         if value < 1:
@@ -159,7 +162,7 @@ def rollout(
     batch = min(num_envs, episodes)
     for first in range(0, episodes, num_envs):
         seeds = range(seed + first, seed + min(first + num_envs, episodes))
-        result, decider = run_batch(task, controller, seeds, steps, recorder, guard)
+        result, decider = run_batch(task, controller, seeds, steps, recorder, guard, barriers)
         if recorder is not None:
             recorder.close()
             recorder = None
@@ -202,6 +205,7 @@ def run_batch(
     steps: int,
     recorder: Any = None,
     guard: SafetyFilter | None = None,
+    barriers: Sequence[Barrier] = (),
 ) -> tuple[Episodes, Decider]:
     """One batch of episodes: what they left, and what decided, with the milliseconds that it took."""
     observation = task.reset(seeds)
@@ -226,8 +230,9 @@ def run_batch(
         kept.latched += np.where(kept.first_reach > 0, latch, reward) * (active | (kept.first_reach > 0))
         kept.max_reward = np.where(active, np.maximum(kept.max_reward, reward), kept.max_reward)
         kept.length += active
-        if "margin" in info:
-            kept.margin = np.where(active, np.fmin(kept.margin, info["margin"]), kept.margin)
+        margin = executed_margin(info, observation, barriers)
+        if margin is not None:
+            kept.margin = np.where(active, np.fmin(kept.margin, margin), kept.margin)
         for key in task.spec.final_info:
             kept.final[key] = np.where(active, info[key], kept.final.get(key, info[key]))
         if recorder is not None:

@@ -1,9 +1,9 @@
 """A control-barrier filter on the executed action: the least change that leaves the robot able to stop safely.
 
-For robots whose action accelerates the features that the barriers read (relative degree 2). With the linear model
-s+ = A s + B u, an action u is allowed when the whole way on which the robot would come to rest after it stays safe:
+For robots whose action accelerates them (relative degree 2), and barriers that read positions, velocities or both. With the
+linear model s+ = A s + B u, an action u is allowed when the whole way on which the robot would come to rest stays safe:
 
-    h(s+) = min_{0 <= theta <= 1} b(p+ + theta d(v+))  >=  margin + (1 - gamma) (h(s) - margin)
+    h(s+) = min_{0 <= theta <= 1} b(p+ + theta d(v+), sqrt(1 - theta) v+)  >=  margin + (1 - gamma) (h(s) - margin)
     d(v)  = v |v| / (2 a) + v dt / 2                   the way to rest at a constant deceleration a
 
 (the minimum bounded from below between samples, as b changes by at most one for one)
@@ -29,7 +29,8 @@ from itertools import product
 
 import numpy as np
 
-from robots.barriers import Barrier, from_rows, least_change
+from pilotwave.errors import UserError, require
+from robots.barriers import Barrier, from_rows, indices, least_change
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +65,10 @@ class LinearModel:
 
 
 class SafetyFilter:
-    """Filters the actions of n robots. barriers: constant ones on the position; those of the observation's "hazards"
-    (n, K, 7) join them. margin: what must remain, in metres. gamma in (0, 1]: the share of h that one step may use up.
-    reserve: the share of the deceleration that braking counts on; the rest is for what the model leaves out. blows: whether
-    glancing blows are reckoned with.
+    """Filters the actions of n robots. barriers: on the position, the velocity or both; those of the observation's "hazards"
+    (n, K, 7) join them. margin: what must remain, in metres (of speed limits, metres a second). gamma in (0, 1]: the share of h
+    that one step may use up. reserve: the share of the deceleration that braking counts on; the rest is for what the model
+    leaves out. blows: whether glancing blows are reckoned with.
     """
 
     THETA = np.linspace(0.0, 1.0, 9)
@@ -83,11 +84,30 @@ class SafetyFilter:
         blows: bool = True,
         iterations: int = 4,
     ) -> None:
+        require("filter.margin", margin, 0)
+        require("filter.gamma", gamma, 0.001, 1)
+        require("filter.reserve", reserve, 0.01, 1)
         self.model, self.barriers = model, list(barriers)
+        for barrier in self.barriers:
+            self._reads(barrier)
         self.margin, self.gamma, self.iterations = margin, gamma, iterations
         self.braking = reserve * model.deceleration
         self.blows = 1 / (8 * self.braking) if blows else 0.0
         self.reset(0)
+
+    def _reads(self, barrier: Barrier) -> tuple[bool, bool]:
+        """Whether a barrier reads positions, and whether velocities; UserError for one that the model says nothing of."""
+        if barrier.features == self.model.position:
+            return True, False
+        width = self.model.A.shape[0]
+        read = set(indices(barrier.features, width))
+        places, speeds = (set(range(width)[part]) for part in (self.model.position, self.model.velocity))
+        if not read <= places | speeds:
+            known = sorted(places | speeds)
+            raise UserError(f"a barrier reads features {sorted(read)}; the filter's model moves {known}")
+        if read & speeds and barrier.velocity is not None:
+            raise UserError("a barrier on velocities moves; the filter takes those that stay as they are")
+        return bool(read & places), bool(read & speeds)
 
     def reset(self, n: int) -> None:
         """Start n episodes: counts (n,) of the actions filtered, changed, and left without an allowed one."""
@@ -184,10 +204,13 @@ class SafetyFilter:
         model, shape = self.model, (len(state), len(barriers), len(self.THETA))
         position, velocity = state[:, model.position], state[:, model.velocity]
         d, theta = position.shape[1], self.THETA[:, None]
-        b, spacing = np.empty(shape), np.empty(shape[:2])
+        slower = np.sqrt(1 - theta)  # v at a share theta of the way to rest, of what it was
+        b, spacing, glances = np.empty(shape), np.empty((*shape[:2], len(theta) - 1)), np.empty(len(barriers))
         by_p, by_v = np.empty((*shape, d)), np.empty((*shape, d))
         points = np.zeros((len(state), len(theta), state.shape[1]))
+        points[..., model.velocity] = slower * velocity[:, None]
         for k, barrier in enumerate(barriers):
+            on_place, on_speed = self._reads(barrier)
             relative = velocity if barrier.velocity is None else velocity - np.asarray(barrier.velocity)
             speed = np.linalg.norm(relative, axis=1)[:, None]
             unit = relative / np.maximum(speed, 1e-9)
@@ -196,11 +219,13 @@ class SafetyFilter:
             points[..., model.position] = position[:, None] + theta * (relative * factor)[:, None]
             b[:, k], gradient = barrier.both(points, time)
             by_p[:, k] = gradient[..., model.position]
-            by_v[:, k] = theta * np.einsum("nmi,nij->nmj", by_p[:, k], jacobian)
-            spacing[:, k] = barrier.steepest * (speed * factor)[:, 0] / (len(theta) - 1)
-        b -= self.blows * (velocity * velocity).sum(-1)[:, None, None]
-        by_v -= 2 * self.blows * velocity[:, None, None]
-        between = (b[..., 1:] + b[..., :-1] - spacing[..., None]) / 2
+            by_v[:, k] = theta * np.einsum("nmi,nij->nmj", by_p[:, k], jacobian) + slower * gradient[..., model.velocity]
+            moved, slowed = speed * factor / (len(theta) - 1), -speed * np.diff(slower[:, 0])
+            spacing[:, k] = barrier.steepest * np.hypot(on_place * moved, on_speed * slowed)
+            glances[k] = on_place * self.blows  # no blow makes a robot faster
+        b -= glances[:, None] * (velocity * velocity).sum(-1)[:, None, None]
+        by_v -= 2 * glances[:, None, None] * velocity[:, None, None]
+        between = (b[..., 1:] + b[..., :-1] - spacing) / 2
         by_p, by_v = ((g[..., 1:, :] + g[..., :-1, :]) / 2 for g in (by_p, by_v))
         return between, b, by_p, by_v
 

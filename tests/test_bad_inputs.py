@@ -148,6 +148,29 @@ def test_unknown_sampler_and_keys_of_a_rollout(refused, trained, word, right):
     assert f"did you mean '{right}'?" in refused("rollout", trained, word)
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("controller.samples=many", "controller.samples is 'many'; it must be a whole number"),
+        ("controller.samples=2.5", "controller.samples is '2.5'; it must be a whole number"),
+        ("controller.deviation=far", "controller.deviation is 'far'; it must be a number"),
+        ("controller.deviation=-1", "controller.deviation is -1; it must be at least 0"),
+        ("controller.places=3", "controller.places is '3'; it must be true or false"),
+        ("controller.safety=5", "controller.safety is '5'; it must be a word"),
+        ("controller.margin=-0.1", "controller.margin is -0.1; it must be at least 0"),
+        ("controller.barriers=box", "controller.barriers is 'box'; it must be a list"),
+        ("controller.barriers=[box]", "a barrier is written as"),
+        ("barriers=[{shape: box, low: [2, 2], high: [1, 3]}]", "low must be below high"),
+        ("barriers=[{shape: box, low: [nan, 2], high: [3, 3]}]", "barriers.0.low.0 is not a number"),
+        ("filter.margin=nan", "filter.margin is not a number"),
+        ("filter.gamma=1.5", "filter.gamma is 1.5; it must be from 0.001 to 1"),
+        ("filter.barriers=[{shape: half_space, normal: [1], offset: 1, features: [9]}]", "from 0 to 3"),
+    ],
+)
+def test_settings_of_safety_that_cannot_be(refused, trained, word, said):
+    assert said in refused("rollout", trained, "filter.active=true", "controller.safety=correct", word)
+
+
 def test_a_checkpoint_of_another_task(refused, trained):
     error = refused("rollout", trained, "task=adroit-door")
     assert "pointmaze-umaze (4 observations, 2 actions)" in error

@@ -199,13 +199,45 @@ def test_what_cannot_be_made_safe_is_reported():
     assert not safe.any()
 
 
-def test_barriers_from_settings_and_what_is_wrong_with_them():
-    barrier = build({"shape": "box", "low": [0, 0], "high": [1, 2], "features": [0, 2]})
-    np.testing.assert_allclose(barrier.value(np.array([[2.0, 9.0, 1.0]])), [1.0])
-    workspace = build({"shape": "box", "low": [0, 0], "high": [1, 2], "inside": True})
-    np.testing.assert_allclose(workspace.value(np.array([[0.5, 0.2]])), [0.2])
-    grid = build({"shape": "grid", "values": [[-1.0, 1.0], [-1.0, 1.0]], "origin": [0, 0], "spacing": 2.0})
-    np.testing.assert_allclose(grid.value(np.array([[1.0, 1.5]])), [0.5])
-    for wrong in ({"shape": "bx"}, {"shape": "box", "low": [0, 0], "hgh": [1, 1]}, {"shape": "half_space"}):
-        with pytest.raises(UserError):
-            build(wrong)
+def test_barriers_from_settings():
+    box = {"shape": "box", "low": [0, 0], "high": [1, 2]}
+    grid = {"shape": "grid", "values": [[-1.0, 1.0], [-1.0, 1.0]], "origin": [0, 0], "spacing": 2.0}
+    barriers = build([{**box, "features": [0, 2]}, {**box, "inside": True}, grid], 3)
+    np.testing.assert_allclose(values(barriers, np.array([[2.0, 9.0, 1.0]]))[0, 0], 1.0)
+    np.testing.assert_allclose(values(barriers, np.array([[0.5, 0.2, 0.0]]))[0, 1], 0.2)
+    np.testing.assert_allclose(values(barriers, np.array([[1.0, 1.5, 0.0]]))[0, 2], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("box", "a list such as"),
+        (["box"], "is written as"),
+        ([{"shape": "bx"}], "did you mean 'box'"),
+        ([{"shape": "box", "low": [0, 0], "hgh": [1, 1]}], "did you mean 'high'"),
+        ([{"shape": "half_space"}], "missing"),
+        ([{"shape": "box", "low": [3, 0], "high": [1, 1]}], "low must be below high"),
+        ([{"shape": "box", "low": [0], "high": [1, 1]}], "2 of them"),
+        ([{"shape": "box", "low": [float("nan"), 0], "high": [1, 1]}], "2 of them"),
+        ([{"shape": "box", "low": [0, 0], "high": [1, 1], "inside": "no"}], "true or false"),
+        ([{"shape": "box", "low": [0, 0], "high": [1, 1], "features": [0, 4]}], "from 0 to 3"),
+        ([{"shape": "box", "low": [0, 0], "high": [1, 1], "features": [1, 1]}], "each once"),
+        ([{"shape": "box", "low": [], "high": [], "features": []}], "at least one"),
+        ([{"shape": "box", "low": [0, 0], "high": [1, 1], "velocity": [1]}], "velocity"),
+        ([{"shape": "superellipse", "center": [0, 0], "radii": [1, 0]}], "above 0"),
+        ([{"shape": "superellipse", "center": [0, 0], "radii": [1, 1], "power": 1}], "at least 2"),
+        ([{"shape": "polygon", "vertices": [[0, 0], [1, 0]]}], "3 vertices"),
+        ([{"shape": "polygon", "vertices": [[0, 0], [1, 0], [1, 0], [0, 1]]}], "unlike the next"),
+        ([{"shape": "polygon", "vertices": [[0, 0], [1, 0], [0]]}], "finite numbers"),
+        ([{"shape": "polygon", "vertices": 3}], "fit together"),
+        ([{"shape": "grid", "values": [[1, 1]], "origin": [0, 0], "spacing": 1}], "at least 2 nodes"),
+        ([{"shape": "grid", "values": [[1, 1], [1]], "origin": [0, 0], "spacing": 1}], "fit together"),
+        ([{"shape": "grid", "values": [[1, 1], [1, 1]], "origin": [0, 0], "spacing": 0}], "spacing above 0"),
+        ([{"shape": "half_space", "normal": [0, 0], "offset": 1}], "point somewhere"),
+        ([{"shape": "half_space", "normal": [1, 0], "offset": "far"}], "a finite number"),
+        ([{"shape": "separation", "distance": 0.5, "features": [0, 1, 2]}], "two halves"),
+    ],
+)
+def test_barriers_that_cannot_be_are_refused(wrong, said):
+    with pytest.raises(UserError, match=said):
+        build(wrong, 4)

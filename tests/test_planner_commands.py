@@ -28,3 +28,20 @@ def test_it_trains_and_rolls_out(name, tmp_path, monkeypatch):
     assert metrics["evaluations"] > 1
     plan = load("run").plan([1.0, 1.0, 0.0, 0.0], goal=[3.0, 1.0], samples=2)
     assert plan.observations.shape[0] == 2
+
+
+def test_a_speed_limit_of_the_users_is_kept_by_the_filter_and_judged_on_the_motion(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["collect", "task=pointmaze-umaze", "steps=600", "out=data.hdf5"]) == 0
+    training = ["task=pointmaze-umaze", "data=data.hdf5", "out=run", "train.steps=2", "train.batch=8", "train.compile=off"]
+    assert main(["train", "planner=diffuser", "planner.horizon=8", "planner.network.heads=2", *NETWORK, *training]) == 0
+    limit = "barriers=[{shape: superellipse, center: [0, 0], radii: [0.5, 0.5], features: [2, 3], inside: true}]"
+    few = ["episodes=4", "horizon=60", "timing_decisions=0", "json=out.json", limit]
+    found = {}
+    for active in ("false", "true"):
+        assert main(["rollout", "run", *few, f"filter.active={active}"]) == 0
+        found[active] = json.loads((tmp_path / "out.json").read_text())
+    assert found["false"]["violations"]["episode_rate"] == 1.0
+    assert found["true"]["violations"]["episode_rate"] == 0.0
+    assert 0 < found["true"]["violations"]["worst_margin"] < 0.1
+    assert found["true"]["filter"]["changed_rate"] > 0

@@ -12,6 +12,7 @@ import pytest
 import robots
 from pilotwave.errors import UserError
 from robots import Chunk, DirectTracker, PDTracker, Task, TaskSpec
+from robots.barriers import HalfSpace
 from robots.collect import Demonstrator
 from robots.rollout import rollout
 
@@ -99,6 +100,13 @@ def test_latched_return_keeps_the_first_reward():
     assert metrics["return_mean"] == 2.0
     assert metrics["latched_return_mean"] == 16.0
     assert metrics["violations"] == {"episode_rate": 0.0, "worst_margin": 2.5}
+
+
+def test_further_barriers_are_judged_on_the_executed_states():
+    barrier = HalfSpace([1.0], 4.0, features=[0])
+    metrics = rollout(Line(end=100.0), Constant(1.0), 2, horizon=4, barriers=[barrier])
+    assert metrics["per_episode"]["margin"] == [0.0, -1.0]  # x is 4 and 5 at the end; the task's own are larger
+    assert metrics["violations"] == {"episode_rate": 0.5, "worst_margin": -1.0}
 
 
 def test_never_reached_and_safe_are_said_so():

@@ -1,11 +1,14 @@
 """The filter keeps an exact double integrator out of obstacles whatever is commanded, and changes nothing needlessly."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robots.barriers import HalfSpace, from_rows, values
+from pilotwave.errors import UserError
+from robots.barriers import Complement, HalfSpace, Superellipse, from_rows, values
 from robots.safety_filter import LinearModel, SafetyFilter
 
 
@@ -143,3 +146,48 @@ def test_a_steady_force_that_the_model_does_not_know_is_held():
         state = state @ model.A.T + u @ model.B.T + wind
         smallest = min(smallest, values(from_rows(rows), state).min())
     assert smallest > 0.0
+
+
+@pytest.mark.parametrize("d", [2, 3])
+def test_speed_limits_hold_beside_walls(d):
+    """A speed limit in all directions, another for one of them, and a wall, whatever is commanded."""
+    model, rng, n = ball(d=d), np.random.default_rng(d), 8
+    disc = Superellipse(np.zeros(d), np.ones(d), features=slice(d, 2 * d))
+    wall = HalfSpace(np.eye(d)[1], 1.0, features=slice(0, d))
+    held = [Complement(disc, features=disc.features), HalfSpace([1.0], 0.4, features=[d]), wall]
+    filter, state, target = SafetyFilter(model, held), np.zeros((n, 2 * d)), rng.uniform(-3, 3, (n, d))
+    fastest = 0.0
+    for k in range(150):
+        target = rng.uniform(-3, 3, (n, d)) if k % 50 == 49 else target
+        wanted = (5 * (target - state[:, :d]) - 0.5 * state[:, d:]).clip(-1, 1)
+        state = state @ model.A.T + filter({"state": state}, wanted) @ model.B.T
+        assert values(held, state).min() >= 0.01 - 1e-6
+        fastest = max(fastest, np.linalg.norm(state[:, d:], axis=1).max())
+    assert filter.infeasible.sum() == 0
+    assert fastest > 0.9  # and no slower than it must be
+
+
+def test_a_robot_that_is_too_fast_already_slows_down():
+    model = ball()
+    disc = Superellipse(np.zeros(2), np.ones(2), features=slice(2, 4))
+    filter, state = SafetyFilter(model, [Complement(disc, features=disc.features)]), np.array([[0.0, 0.0, 1.5, 0.0]])
+    for _ in range(5):
+        state = state @ model.A.T + filter({"state": state}, np.array([[1.0, 0.0]])) @ model.B.T
+    assert 0.9 < state[0, 2] <= 0.99 + 1e-6
+    assert 0 < filter.infeasible[0] < 5
+
+
+@pytest.mark.parametrize(
+    ("barrier", "options", "said"),
+    [
+        (HalfSpace([1.0], 1.0, features=[4]), {}, "the filter's model moves"),
+        (HalfSpace([1.0], 1.0, features=[2], velocity=[1.0]), {}, "on velocities moves"),
+        (HalfSpace([1.0], 1.0, features=[0]), {"margin": float("nan")}, "filter.margin is nan"),
+        (HalfSpace([1.0], 1.0, features=[0]), {"margin": -0.1}, "at least 0"),
+        (HalfSpace([1.0], 1.0, features=[0]), {"gamma": 1.5}, "filter.gamma"),
+        (HalfSpace([1.0], 1.0, features=[0]), {"reserve": 0.0}, "filter.reserve"),
+    ],
+)
+def test_what_the_filter_cannot_hold_is_refused(barrier, options, said):
+    with pytest.raises(UserError, match=said):
+        SafetyFilter(replace(ball(), A=np.eye(5)), [barrier], **options)

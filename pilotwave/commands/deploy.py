@@ -12,7 +12,7 @@ from pilotwave.config import plain
 from pilotwave.console import metrics_table, writable, write_json
 from pilotwave.errors import UserError
 from pilotwave.plugins import LOADED, load_plugins
-from pilotwave.runs import compose_for, controller, given, guard, load, run_folder, task_of
+from pilotwave.runs import asked, compose_for, controller, given, guard, load, run_folder, task_of
 
 
 def run(overrides: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ class Film:
 def _mujoco(cfg: DictConfig, task: Any) -> Any:
     from robots import MujocoRobot
 
-    return MujocoRobot(task, seed=cfg.seed)
+    return MujocoRobot(task, seed=cfg.seed, barriers=asked(cfg, task))
 
 
 ROBOTS: dict[str, Callable[[DictConfig, Any], Any]] = {"mujoco": _mujoco}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pilotwave.console import metrics_table, progress, writable, write_json
-from pilotwave.runs import compose_for, controller, given, guard, load, run_folder, task_of
+from pilotwave.runs import asked, compose_for, controller, given, guard, load, run_folder, task_of
 
 
 def run(overrides: Sequence[str]) -> None:
@@ -30,6 +30,7 @@ def run(overrides: Sequence[str]) -> None:
         video=cfg.video,
         timing_decisions=cfg.timing_decisions,
         guard=guard(cfg, task),
+        barriers=asked(cfg, task),
         progress=progress("rolling out"),
     )
     metrics_table(metrics, f"{folder} on {task.spec.name}")

@@ -53,6 +53,15 @@ class TaskSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def executed_margin(info: Info, observation: Observation, barriers: Sequence[Barrier]) -> np.ndarray | None:
+    """The smallest barrier (n,) at states that steps ended in, of the task's own and of further ones; None where there is none."""
+    own = info.get("margin")
+    if not barriers:
+        return own
+    further = values(barriers, observation["state"].astype(np.float64)).min(-1)
+    return further if own is None else np.fmin(own, further)
+
+
 class Task(ABC):
     """n copies of an environment stepped together. A copy that terminated stays as it is and earns 0 until `reset`."""
 
