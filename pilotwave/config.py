@@ -27,8 +27,12 @@ Extra = Callable[[str], Mapping[str, Mapping[str, Any]]]
 LEAST = {
     "steps": 1, "horizon": 1, "batch": 1, "episodes": 1, "samples": 1, "num_envs": 1, "width": 1, "depth": 1, "seed": 0,
     "held_out": 0, "replan_every": 0, "lead": 0, "history": 1, "evaluations": 1,
+    "jump": 1, "points": 1, "discount": 0,
     "margin": 0, "deviation": 0, "lookahead": 0, "kp": 0, "kd": 0, "rising": 0, "seconds": 0, "delay": 0, "replan": 0,
 }  # fmt: skip
+
+# And above these.
+MOST = {"discount": 1}
 
 # Keys whose value is taken as it stands, so that a path needs no quotes against Hydra's grammar.
 PATHS = frozenset(
@@ -226,3 +230,6 @@ def check_numbers(config: Any, where: str = "") -> None:
     least = LEAST.get(where.rpartition(".")[2])
     if least is not None and not config >= least:
         raise UserError(f"{where} is {config}; it must be at least {least}")
+    most = MOST.get(where.rpartition(".")[2])
+    if most is not None and config > most:
+        raise UserError(f"{where} is {config}; it must be at most {most}")

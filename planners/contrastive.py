@@ -29,6 +29,7 @@ from diffusion import Tableau
 from diffusion.networks import FourierFeatures
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
 from offline.returns import returns_to_go, tokens_until
+from pilotwave.errors import UserError
 from planners.controller import PlanController, overlaid
 from planners.diffuser import Diffuser
 from planners.plan import Plan
@@ -69,6 +70,9 @@ class ContrastiveDiffuser(Algorithm):
         self.diffuser = Diffuser(spec, config)
         self.H, self.stride = self.diffuser.H, self.diffuser.stride
         self.contrast: dict[str, Any] = dict(config["contrast"])
+        high, low = self.contrast["high"], self.contrast["low"]
+        if not 0 <= low < high <= 1:
+            raise UserError(f"planner.contrast.low={low}, high={high}; 0 <= low < high <= 1 is needed, of values scaled to 0 to 1")
         self.embed = Embedding(spec.observation_dim + spec.goal_dim, int(self.contrast["width"]))
 
     @property

@@ -119,6 +119,9 @@ class Diffuser(Algorithm):
         self.register_buffer("longest_step", torch.tensor(float("inf")))
         self.value_config: dict[str, Any] = dict(config.get("value") or {})
         if self.value_config:
+            for key in ("scale", "discount", "network"):
+                if key not in self.value_config:
+                    raise UserError(f"planner.value lacks {key}; it has scale, discount and network")
             value = dict(self.value_config["network"])
             self.value = build_network(features=self.layout.features, horizon=self.H, groups=len(self.layout.groups), **value)
             steer = self.value_config.get("steer")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from diffusion.networks import GPT
 from offline import Algorithm, DataSpec, Normalizer, Windows, register
 from offline.returns import returns_to_go
-from pilotwave.errors import UserError, nearest
+from pilotwave.errors import UserError, nearest, require
 from planners.controller import PlanController, overlaid
 from planners.plan import Plan, Question, ended
 
@@ -107,6 +107,7 @@ class TrajectoryTransformer(Algorithm):
         self.H, self.stride = int(config["horizon"]), int(config["stride"])
         if self.H < 2 or self.stride < 1:
             raise UserError(f"planner.horizon={self.H}, planner.stride={self.stride}; at least 2 and 1 are needed")
+        require("planner.bins.number", int(config["bins"]["number"]), 2)
         self.V, self.bins = int(config["bins"]["number"]), str(config["bins"]["kind"])
         if self.bins not in BINS:
             raise nearest("planner.bins.kind", self.bins, BINS)

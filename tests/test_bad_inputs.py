@@ -202,6 +202,24 @@ def test_negative_horizon(refused, data, trained, tmp_path):
     assert "task.horizon is -1" in refused("rollout", trained, "task.horizon=-1")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["planner.network.heads=3"], "a network of width 16 cannot have 3 heads"),
+        (["planner.value={scale: 1}"], "planner.value lacks discount"),
+        (["planner=hierarchical", "planner.jump=0"], "planner.jump is 0; it must be at least 1"),
+        (["planner=transformer", "planner.bins.number=1"], "planner.bins.number is 1; it must be at least 2"),
+        (["planner=veteran", "planner.critic.discount=1.5"], "planner.critic.discount is 1.5; it must be at most 1"),
+        (["planner=contrastive", "planner.contrast.high=0.1"], "planner.contrast.low=0.4, high=0.1"),
+    ],
+)
+def test_settings_of_a_planner_that_cannot_be(refused, data, tmp_path, words, said):
+    out = tmp_path / "run"
+    words = [*TINY, *words] if words[0].startswith("planner.") else ["task=pointmaze-umaze", *words]
+    assert said in refused("train", *words, f"data={data}", f"out={out}")
+    assert not (out / "model.safetensors").exists()
+
+
 def test_a_window_longer_than_every_episode(refused, data, tmp_path):
     error = train(refused, data, tmp_path / "run", "planner.horizon=32")
     assert "32" in error

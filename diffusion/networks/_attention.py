@@ -6,6 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pilotwave.errors import UserError
+
+
+def checked_heads(width: int, heads: int) -> int:
+    """heads, among which a width must divide."""
+    if heads < 1 or width % heads:
+        raise UserError(f"a network of width {width} cannot have {heads} heads; the width must be a multiple of them")
+    return heads
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, each (B, heads, tokens, d) -> (B, heads, tokens, d).

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion.networks._attention import attention
+from diffusion.networks._attention import attention, checked_heads
 
 Cache = list[tuple[Tensor, Tensor]]  # of each block, keys and values (B, heads, tokens, d) of what came before
 
@@ -14,7 +14,7 @@ Cache = list[tuple[Tensor, Tensor]]  # of each block, keys and values (B, heads,
 class CausalBlock(nn.Module):
     def __init__(self, width: int, heads: int, expansion: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = checked_heads(width, heads)
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, expansion * width), nn.GELU("tanh"), nn.Linear(expansion * width, width))

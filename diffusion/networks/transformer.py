@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion.networks._attention import attention
+from diffusion.networks._attention import attention, checked_heads
 from diffusion.networks._embedding import FourierFeatures, LevelEmbedding
 
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, expansion: int, causal: bool) -> None:
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal = checked_heads(width, heads), causal
         self.norm_1 = nn.LayerNorm(width, elementwise_affine=False)
         self.norm_2 = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
