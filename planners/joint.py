@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pilotwave.errors import require
 from planners.diffuser import UNSAFE, Diffuser
 from planners.places import Places
 from planners.plan import Plan
@@ -54,6 +55,7 @@ class JointDiffuser:
     ) -> None:
         self.diffuser, self.apart, self.refine, self.keep = diffuser, apart, refine, keep
         self.margin = 2 * tracking_margin(diffuser.origin) if margin is None else margin
+        require("controller.margin", self.margin, 0)
         self.reach, self.haste, self.near, self.bend, self.places = reach, haste, near, bend, places
         one = diffuser.spec
         self.spec = replace(one, observation_dim=2 * one.observation_dim, action_dim=2 * one.action_dim, goal_dim=2 * one.goal_dim)

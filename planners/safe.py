@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pilotwave.errors import UserError, nearest
+from pilotwave.errors import UserError, nearest, require
 from planners.controller import PlanController
 from planners.diffuser import UNSAFE, Diffuser
 from planners.places import Places
@@ -144,6 +144,7 @@ class SafeDiffuser:
             raise UserError("controller.safety needs a Diffuser whose first observations are positions to go to")
         self.diffuser, self.method, self.refine = diffuser, method, refine
         self.margin = tracking_margin(diffuser.origin) if margin is None else margin
+        require("controller.margin", self.margin, 0)
         self.ahead, self.haste, self.sag, self.reach, self.bend = ahead, haste, sag, reach, bend
         self.places = places
         self.hard: float = hard
