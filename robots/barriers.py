@@ -302,6 +302,35 @@ class Separation(Barrier):
 
 
 @dataclass(frozen=True, eq=False)
+class Sum(Barrier):
+    """b = sum_k w_k b_k / sum_k w_k of `terms` that do not move, with weights w_k > 0 (1 each): what one falls short of another may
+    make up for, as speed near an obstacle for distance. Its features are those that the terms read."""
+
+    terms: Sequence[Barrier]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.terms or any(part.velocity is not None for part in (self, *self.terms)):
+            raise UserError("a sum of barriers has at least one term, and none that moves")
+        read = (range(f.stop)[f] if isinstance(f := term.features, slice) else f for term in self.terms)
+        object.__setattr__(self, "features", sorted({i for features in read for i in features}))
+
+    def check(self, d: int) -> None:
+        if self.weights is not None and (_numbers("weights", self.weights, len(self.terms)) <= 0).any():
+            raise UserError(f"weights are {self.weights}; all must be above 0")
+
+    def local(self, p: Any) -> tuple[Any, Any]:
+        read: Any = self.features
+        x = like(p, np.zeros(read[-1] + 1)) + p[..., :1] * 0
+        x[..., read] = p
+        weights = self.weights or [1.0] * len(self.terms)
+        parts = [term.both(x) for term in self.terms]
+        shares = [weight / sum(weights) for weight in weights]
+        value = sum(share * b for share, (b, _) in zip(shares, parts))
+        return value, sum(share * gradient for share, (_, gradient) in zip(shares, parts))[..., read]
+
+
+@dataclass(frozen=True, eq=False)
 class Custom(Barrier):
     """b = function(p) of features p (..., d), with its gradient(p) (..., d), or without: automatic differentiation for
     tensors, central differences of `step` for arrays."""
@@ -348,6 +377,7 @@ SHAPES: dict[str, type[Barrier]] = {
     "grid": Grid,
     "half_space": HalfSpace,
     "separation": Separation,
+    "sum": Sum,
 }
 
 
@@ -371,6 +401,8 @@ def _barrier(settings: Any, width: int) -> Barrier:
         if name not in known:
             raise nearest(f"setting of the barrier '{shape}'", str(name), known)
     try:
+        if "terms" in options:
+            options["terms"] = build(options["terms"], width)
         barrier = SHAPES[shape](**options)
         read = indices(barrier.features, width)
         if not read or len(set(read)) < len(read):

@@ -18,6 +18,7 @@ from robots.barriers import (
     HalfSpace,
     Polygon,
     Separation,
+    Sum,
     Superellipse,
     build,
     from_rows,
@@ -41,6 +42,7 @@ SHAPES = {
     "separation": Separation(0.5),
     "grid": Grid(np.linalg.norm(NODES - 1.5, axis=-1) - 0.5, (0.0, 0.0), 0.1),
     "joint limit": limits((-1.0, -0.5), (1.0, 2.0), slice(1, 3))[1],
+    "sum": Sum([HalfSpace((1.0, 0.0), 2.0), Superellipse((0.0, 0.0), (1.0, 0.5), features=[1, 3])], [1.0, 2.5]),
     "custom": Custom(lambda p: (p * p).sum(-1) - 1.0),
 }
 
@@ -202,7 +204,9 @@ def test_what_cannot_be_made_safe_is_reported():
 def test_barriers_from_settings():
     box = {"shape": "box", "low": [0, 0], "high": [1, 2]}
     grid = {"shape": "grid", "values": [[-1.0, 1.0], [-1.0, 1.0]], "origin": [0, 0], "spacing": 2.0}
-    barriers = build([{**box, "features": [0, 2]}, {**box, "inside": True}, grid], 3)
+    both = {"shape": "sum", "terms": [{"shape": "half_space", "normal": [1], "offset": 1, "features": [k]} for k in (0, 2)]}
+    barriers = build([{**box, "features": [0, 2]}, {**box, "inside": True}, grid, {**both, "weights": [1, 3]}], 3)
+    np.testing.assert_allclose(values(barriers, np.array([[2.0, 9.0, -1.0]]))[0, 3], (-1 + 3 * 2) / 4)
     np.testing.assert_allclose(values(barriers, np.array([[2.0, 9.0, 1.0]]))[0, 0], 1.0)
     np.testing.assert_allclose(values(barriers, np.array([[0.5, 0.2, 0.0]]))[0, 1], 0.2)
     np.testing.assert_allclose(values(barriers, np.array([[1.0, 1.5, 0.0]]))[0, 2], 0.5)
@@ -235,6 +239,9 @@ def test_barriers_from_settings():
         ([{"shape": "grid", "values": [[1, 1], [1, 1]], "origin": [0, 0], "spacing": 0}], "spacing above 0"),
         ([{"shape": "half_space", "normal": [0, 0], "offset": 1}], "point somewhere"),
         ([{"shape": "half_space", "normal": [1, 0], "offset": "far"}], "a finite number"),
+        ([{"shape": "sum", "terms": []}], "at least one term"),
+        ([{"shape": "sum", "terms": [{"shape": "bx"}]}], "did you mean 'box'"),
+        ([{"shape": "sum", "terms": [{"shape": "half_space", "normal": [1, 0], "offset": 1}], "weights": [0]}], "above 0"),
         ([{"shape": "separation", "distance": 0.5, "features": [0, 1, 2]}], "two halves"),
     ],
 )

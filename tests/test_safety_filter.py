@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotwave.errors import UserError
-from robots.barriers import Complement, HalfSpace, Superellipse, from_rows, values
+from robots.barriers import Complement, HalfSpace, Sum, Superellipse, from_rows, values
 from robots.safety_filter import LinearModel, SafetyFilter
 
 
@@ -150,11 +150,13 @@ def test_a_steady_force_that_the_model_does_not_know_is_held():
 
 @pytest.mark.parametrize("d", [2, 3])
 def test_speed_limits_hold_beside_walls(d):
-    """A speed limit in all directions, another for one of them, and a wall, whatever is commanded."""
+    """A speed limit, another for one direction, a wall, and a limit that falls towards it, whatever is commanded."""
     model, rng, n = ball(d=d), np.random.default_rng(d), 8
     disc = Superellipse(np.zeros(d), np.ones(d), features=slice(d, 2 * d))
     wall = HalfSpace(np.eye(d)[1], 1.0, features=slice(0, d))
-    held = [Complement(disc, features=disc.features), HalfSpace([1.0], 0.4, features=[d]), wall]
+    slow = Complement(disc, features=disc.features)
+    near = Sum([HalfSpace(np.eye(d)[1], 0.6, features=slice(0, d)), slow])  # 0.6 m/s at the wall
+    held = [slow, HalfSpace([1.0], 0.4, features=[d]), wall, near]
     filter, state, target = SafetyFilter(model, held), np.zeros((n, 2 * d)), rng.uniform(-3, 3, (n, d))
     fastest = 0.0
     for k in range(150):
