@@ -126,16 +126,14 @@ class SafetyFilter:
             self.reset(len(state))
         self.filtered += 1
         u = np.clip(np.asarray(actions, dtype=np.float64), self.model.low, self.model.high)
-        barriers = self.barriers + from_rows(rows)
-        if not barriers:
+        if not self.barriers and not rows.shape[1]:
             return u
         drift = self._drift(state)
-        bound = self._bound(barriers, state)
-        wrong = ~(self._after(barriers, drift, u)[0] >= bound).all(-1)
+        bound = self._bound(rows, state)
+        wrong = ~(self._after(rows, drift, u)[0] >= bound).all(-1)
         if wrong.any():
             self.changed[wrong] += 1
-            barriers = self.barriers + from_rows(rows[wrong])
-            u[wrong], lost = self._correct(barriers, drift[wrong], u[wrong], bound[wrong])
+            u[wrong], lost = self._correct(rows[wrong], drift[wrong], u[wrong], bound[wrong])
             self.infeasible[wrong] += lost
         self.expected = state @ self.model.A.T + u @ self.model.B.T
         return u
@@ -157,93 +155,101 @@ class SafetyFilter:
         over = np.maximum(u / np.where(u > 0, model.high, model.low), 1e-9).max(axis=1, keepdims=True)
         return u / np.maximum(over, 1.0)
 
-    def _bound(self, barriers: Sequence[Barrier], state: np.ndarray) -> np.ndarray:
+    def _bound(self, rows: np.ndarray, state: np.ndarray) -> np.ndarray:
         """What h (n, K) must keep to after this step."""
-        bound = np.full((len(state), len(barriers)), self.margin)
+        bound = np.full((len(state), len(self.barriers) + rows.shape[1]), self.margin)
         if self.gamma < 1:
-            now = self._stopping(barriers, state, 0.0)[0].min(-1)
+            now = self._stopping(rows, state, 0.0)[0].min(-1)
             bound += (1 - self.gamma) * (now - self.margin).clip(min=0.0)
         return bound
 
-    def _correct(
-        self, barriers: Sequence[Barrier], drift: np.ndarray, wanted: np.ndarray, bound: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _correct(self, rows: np.ndarray, drift: np.ndarray, wanted: np.ndarray, bound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The nearest allowed actions (n, Da) that were found, the brake where none was, and where it breaks h too."""
-        brake = self.brake(drift)
-        u, best = brake.copy(), np.full(len(drift), np.inf)
-        # from the wish and from the brake: h is not concave in u, and each finds its own side of an obstacle
-        for start in (wanted, brake):
-            at = start
-            for _ in range(self.iterations):
-                at = self._solve(barriers, drift, wanted, at, bound)
-                cost = np.linalg.norm(at - wanted, axis=1)
-                better = (cost < best) & (self._after(barriers, drift, at)[0] >= bound - 1e-9).all(-1)
-                u[better], best[better] = at[better], cost[better]
+        brake, B = self.brake(drift), self.model.B
+        # from the wish and from the brake, side by side: h is not concave in u, and each finds its own side of an obstacle
+        hazards, going, aim, least = (np.repeat(part, 2, 0) for part in (rows, drift, wanted, bound))
+        at = np.stack([wanted, brake], 1).reshape(aim.shape)
+        u, best = np.repeat(brake, 2, 0), np.full(len(aim), np.inf)
+        linear = self._stopping(hazards, going + at @ B.T, self.model.dt)
+        for _ in range(self.iterations):
+            at = self._solve(linear, aim, at, least)
+            linear = self._stopping(hazards, going + at @ B.T, self.model.dt)
+            cost = np.linalg.norm(at - aim, axis=1)
+            better = (cost < best) & (linear[0].min(-1) >= least - 1e-9).all(-1)
+            u[better], best[better] = at[better], cost[better]
+        nearer = np.arange(len(wanted)) * 2 + best.reshape(-1, 2).argmin(1)
+        u, found = u[nearer], np.isfinite(best[nearer])
+        if found.all():
+            return u, ~found
         # of the brake itself the samples alone are asked: the bound between them has no room for it
-        slack = (self._after(barriers, drift, brake)[1] - bound).min(-1)
-        lost = np.isinf(best) & (slack < -1e-6)
+        slack = (self._after(rows, drift, brake)[1] - bound).min(-1)
+        lost = ~found & (slack < -1e-6)
         if lost.any():
             most = np.where(lost, slack, np.inf)
             # nothing is allowed: of the stop action and pushes all round, what leaves most
             size = wanted.shape[1]
             for side in (*np.eye(size), *-np.eye(size), *map(np.array, product((-1.0, 1.0), repeat=size))):
                 push = np.broadcast_to(np.where(side > 0, self.model.high, self.model.low) * abs(side), u.shape)
-                left = (self._after(barriers, drift, push)[1] - bound).min(-1)
+                left = (self._after(rows, drift, push)[1] - bound).min(-1)
                 better = left > most
                 u[better], most[better] = push[better], left[better]
         return u, lost
 
-    def _after(self, barriers: Sequence[Barrier], drift: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _after(self, rows: np.ndarray, drift: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """h (n, K) after actions u, bounded between the samples, and at the samples alone."""
-        bounded, b = self._stopping(barriers, drift + u @ self.model.B.T, self.model.dt)[:2]
+        bounded, b = self._stopping(rows, drift + u @ self.model.B.T, self.model.dt)[:2]
         return bounded.min(-1), b.min(-1)
 
-    def _stopping(self, barriers: Sequence[Barrier], state: np.ndarray, time: float) -> tuple[np.ndarray, ...]:
-        """On the ways to rest from states (n, Do): b between neighbouring samples at least (n, K, M - 1), b at the
-        samples (n, K, M), and the former's gradients by p and by v (n, K, M - 1, d)."""
-        model, shape = self.model, (len(state), len(barriers), len(self.THETA))
-        position, velocity = state[:, model.position], state[:, model.velocity]
-        d, theta = position.shape[1], self.THETA[:, None]
-        slower = np.sqrt(1 - theta)  # v at a share theta of the way to rest, of what it was
-        b, spacing, glances = np.empty(shape), np.empty((*shape[:2], len(theta) - 1)), np.empty(len(barriers))
-        by_p, by_v = np.empty((*shape, d)), np.empty((*shape, d))
-        points = np.zeros((len(state), len(theta), state.shape[1]))
-        points[..., model.velocity] = slower * velocity[:, None]
-        for k, barrier in enumerate(barriers):
-            on_place, on_speed = self._reads(barrier)
-            relative = velocity if barrier.velocity is None else velocity - np.asarray(barrier.velocity)
-            speed = np.linalg.norm(relative, axis=1)[:, None]
-            unit = relative / np.maximum(speed, 1e-9)
-            factor = speed / (2 * self.braking) + model.dt / 2
-            jacobian = factor[..., None] * np.eye(d) + (speed * unit)[..., None] * unit[:, None] / (2 * self.braking)
-            points[..., model.position] = position[:, None] + theta * (relative * factor)[:, None]
-            b[:, k], gradient = barrier.both(points, time)
-            by_p[:, k] = gradient[..., model.position]
-            by_v[:, k] = theta * np.einsum("nmi,nij->nmj", by_p[:, k], jacobian) + slower * gradient[..., model.velocity]
-            moved, slowed = speed * factor / (len(theta) - 1), -speed * np.diff(slower[:, 0])
-            spacing[:, k] = barrier.steepest * np.hypot(on_place * moved, on_speed * slowed)
-            glances[k] = on_place * self.blows  # no blow makes a robot faster
-        b -= glances[:, None] * (velocity * velocity).sum(-1)[:, None, None]
-        by_v -= 2 * glances[:, None, None] * velocity[:, None, None]
-        between = (b[..., 1:] + b[..., :-1] - spacing) / 2
-        by_p, by_v = ((g[..., 1:, :] + g[..., :-1, :]) / 2 for g in (by_p, by_v))
+    def _stopping(self, rows: np.ndarray, state: np.ndarray, time: float) -> tuple[np.ndarray, ...]:
+        """On the ways to rest from states (n, Do) beside the constant barriers and hazards (n, K', 7), K in all: b between
+        neighbouring samples at least (n, K, M - 1), b at the samples (n, K, M), and the former's gradients by p and by v
+        (n, K, M - 1, d)."""
+        # all hazards at once, as if each had a robot of its own
+        parts = [(barrier, 1) for barrier in self.barriers]
+        if rows.shape[1]:
+            parts += [(from_rows(rows.reshape(-1, 1, rows.shape[2]))[0], rows.shape[1])]
+        every = [self._beside(barrier, np.repeat(state, k, 0) if k > 1 else state, time) for barrier, k in parts]
+        shaped = [[part.reshape(len(state), k, *part.shape[1:]) for part in parts] for parts, (_, k) in zip(every, parts)]
+        between, b, by_p, by_v = (np.concatenate(part, 1) if len(part) > 1 else part[0] for part in zip(*shaped))
         return between, b, by_p, by_v
 
-    def _solve(
-        self, barriers: Sequence[Barrier], drift: np.ndarray, wanted: np.ndarray, at: np.ndarray, bound: np.ndarray
-    ) -> np.ndarray:
+    def _beside(self, barrier: Barrier, state: np.ndarray, time: float) -> tuple[np.ndarray, ...]:
+        """`_stopping` of one barrier, or of one for each robot: (n, M - 1), (n, M) and twice (n, M - 1, d)."""
+        model, (on_place, on_speed) = self.model, self._reads(barrier)
+        position, velocity = state[:, model.position], state[:, model.velocity]
+        theta = self.THETA[:, None]
+        slower = np.sqrt(1 - theta)  # v at a share theta of the way to rest, of what it was
+        relative = velocity if barrier.velocity is None else velocity - np.asarray(barrier.velocity)
+        speed = np.sqrt((relative * relative).sum(1, keepdims=True))
+        unit = relative / np.maximum(speed, 1e-9)
+        factor = speed / (2 * self.braking) + model.dt / 2
+        points = np.zeros((len(state), len(theta), state.shape[1]))
+        points[..., model.position] = position[:, None] + theta * (relative * factor)[:, None]
+        points[..., model.velocity] = slower * velocity[:, None]
+        b, gradient = barrier.both(points, time)
+        glances = on_place * self.blows  # no blow makes a robot faster
+        b = b - glances * (velocity * velocity).sum(1, keepdims=True)
+        by_p = gradient[..., model.position]
+        # d(v)'s Jacobian is factor I + speed unit unit' / (2 a)
+        along = (by_p * unit[:, None]).sum(-1, keepdims=True) * (unit * speed / (2 * self.braking))[:, None]
+        by_v = theta * (by_p * factor[:, None] + along) + slower * gradient[..., model.velocity] - 2 * glances * velocity[:, None]
+        moved, slowed = speed * factor / (len(theta) - 1), -speed * np.diff(slower[:, 0])
+        spacing = barrier.steepest * np.hypot(on_place * moved, on_speed * slowed)
+        between = (b[:, 1:] + b[:, :-1] - spacing) / 2
+        return between, b, (by_p[:, 1:] + by_p[:, :-1]) / 2, (by_v[:, 1:] + by_v[:, :-1]) / 2
+
+    def _solve(self, linear: tuple[np.ndarray, ...], wanted: np.ndarray, at: np.ndarray, bound: np.ndarray) -> np.ndarray:
         """The action nearest to `wanted` within the limits and h linearized at `at`, where there is one, else `at`."""
-        model = self.model
-        b, _, by_p, by_v = self._stopping(barriers, drift + at @ model.B.T, model.dt)
+        model, (b, _, by_p, by_v) = self.model, linear
         worst = b.argmin(-1)[..., None]
-        rows = np.take_along_axis(b, worst, -1)[..., 0]
-        slope = by_p @ model.B[model.position] + by_v @ model.B[model.velocity]
-        G = np.take_along_axis(slope, worst[..., None], 2)[:, :, 0]
-        h = bound - rows + (G * at[:, None]).sum(-1) + 1e-6
+        value = np.take_along_axis(b, worst, 2)[..., 0]
+        by_p, by_v = (np.take_along_axis(part, worst[..., None], 2)[:, :, 0] for part in (by_p, by_v))
+        G = by_p @ model.B[model.position] + by_v @ model.B[model.velocity]
+        h = bound - value + (G * at[:, None]).sum(-1) + 1e-6
         size, n = wanted.shape[1], len(wanted)
         box = np.broadcast_to(np.concatenate([np.eye(size), -np.eye(size)]), (n, 2 * size, size))
         edges = np.broadcast_to(np.concatenate([model.low, -model.high]), (n, 2 * size))
         # scaled, so that one tolerance fits all constraints
-        norm = np.maximum(np.linalg.norm(G, axis=-1), 1e-12)
+        norm = np.maximum(np.sqrt((G * G).sum(-1)), 1e-12)
         u, found = least_change(wanted, np.concatenate([G / norm[..., None], box], 1), np.concatenate([h / norm, edges], 1))
         return np.where(found[:, None], np.clip(u, model.low, model.high), at)

@@ -87,7 +87,7 @@ def test_the_change_is_the_least_one():
         state = np.concatenate([[0.0], rng.uniform(-0.3, 0.3, 1), rng.uniform(1.5, 2.2, 1), rng.uniform(-1, 1, 1)])[None]
         wanted = np.array([[1.0, rng.uniform(-1, 1)]])
         drift = np.repeat(state @ model.A.T, len(grid), 0)
-        after = filter._after(from_rows(np.repeat(rows, len(grid), 0)), drift, grid)[0]
+        after = filter._after(np.repeat(rows, len(grid), 0), drift, grid)[0]
         allowed = (after >= filter.margin).all(-1)
         if not allowed.any():
             continue
