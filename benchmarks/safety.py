@@ -2,6 +2,7 @@
 
     python benchmarks/safety.py                                  # the table of docs/planners/safe.md: 1000 episodes a row
     python benchmarks/safety.py --episodes 100 --seed 20000 --rows moving --workers 2 --out /tmp/moving.json
+    python benchmarks/safety.py --filter                         # the time of one robot's filtered command alone
 
 Episode i resets with seed + i. Each worker runs 50 episodes side by side and plans on a GPU where there is one; the time of
 one decision is measured alone, on the CPU with one thread, before the rest starts.
@@ -107,6 +108,35 @@ def plan_times(run: str, plans: int = 20) -> dict[str, float]:
     return {name: float(np.median(measured[2:])) for name, measured in times.items()}
 
 
+def filter_times(commands: int = 100) -> dict[str, float]:
+    """Median milliseconds of one robot's filtered command: far from hazards, and where it must change the command."""
+    import robots
+    from robots.barriers import Complement, Superellipse
+    from robots.safety_filter import SafetyFilter
+
+    model = robots.make("pointmaze-large-hazards").linear_model()
+    disc = Superellipse((0.0, 0.0), (1.0, 1.0), features=slice(2, 4))
+    hazard, towards = (1.0, 0.0, 0.8, 0.8, 2.0, 0.0, 0.0), (0.0, 0.1, 2.2, 0.3)
+    cases: dict[str, tuple[list[Any], int, tuple[float, ...]]] = {
+        "far from two hazards": ([], 2, (-5.0, 0.0, 0.0, 0.0)),
+        "one hazard": ([], 1, towards),
+        "six hazards": ([], 6, towards),
+        "a speed limit": ([Complement(disc, features=disc.features)], 0, (0.0, 0.0, 0.97, 0.0)),
+    }
+    found = {}
+    for name, (barriers, hazards, state) in cases.items():
+        guard, times = SafetyFilter(model, barriers, margin=FILTER), []
+        observation = {"state": np.array([state]), "hazards": np.array([[hazard] * hazards]).reshape(1, hazards, 7)}
+        for _ in range(commands + 1):
+            guard.forget()
+            began = time.perf_counter()
+            guard(observation, np.array([[1.0, 0.3]]))
+            times.append(1e3 * (time.perf_counter() - began))
+        assert guard.changed[0] == (0 if name.startswith("far") else commands + 1)
+        found[name] = float(np.median(times[1:]))
+    return found
+
+
 def tracking_error(run: str, episodes: int, seed: int) -> dict[str, float]:
     """How far, in metres, the robot strays from the path of its plan (not from where on it it should be), on unguarded
     roll-outs in the maze without hazards, over the steps before the goal is reached: quantiles."""
@@ -172,7 +202,11 @@ def main() -> None:
     parser.add_argument("--plans", type=int, default=20, help="plans timed; 0: none")
     parser.add_argument("--strays", type=int, default=20, help="episodes in which the tracking error is measured; 0: none")
     parser.add_argument("--out", default=str(ROOT / "docs" / "results" / "safety.json"))
+    parser.add_argument("--filter", action="store_true", help="measure the filter's time alone")
     options = parser.parse_args()
+    if options.filter:
+        print(json.dumps(filter_times()))
+        return
     rows = [row for row in ROWS if any(word in row.name for word in options.rows.split("+"))]
     times = plan_times(options.run, options.plans) if options.plans else {}
     error = tracking_error(options.run, options.strays, options.seed) if options.strays else {}
