@@ -209,8 +209,8 @@ class SafetyFilter:
         if rows.shape[1]:
             parts += [(from_rows(rows.reshape(-1, 1, rows.shape[2]))[0], rows.shape[1])]
         every = [self._beside(barrier, np.repeat(state, k, 0) if k > 1 else state, time) for barrier, k in parts]
-        shaped = [[part.reshape(len(state), k, *part.shape[1:]) for part in parts] for parts, (_, k) in zip(every, parts)]
-        between, b, by_p, by_v = (np.concatenate(part, 1) if len(part) > 1 else part[0] for part in zip(*shaped))
+        shaped = [[part.reshape(len(state), k, *part.shape[1:]) for part in seen] for seen, (_, k) in zip(every, parts)]
+        between, b, by_p, by_v = (np.concatenate(each, 1) for each in zip(*shaped))
         return between, b, by_p, by_v
 
     def _beside(self, barrier: Barrier, state: np.ndarray, time: float) -> tuple[np.ndarray, ...]:

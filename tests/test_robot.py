@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import robots
+from robots.barriers import HalfSpace
 from robots.loop import LogicalClock
 from robots.mujoco_robot import MujocoRobot
 from robots.robot import Adapter
@@ -32,6 +33,21 @@ def test_features_describe_what_is_returned(clock):
         assert observation.keys() == features.keys()
         assert all(isinstance(observation[k], float) for k, v in features.items() if v is float)
         assert set(robot.action_features) == set(robot.task.spec.action_names)
+
+
+def test_it_is_judged_by_further_barriers(clock):
+    limit = HalfSpace([1.0], 0.1, features=[2])  # of the velocity along x
+    robot, free = (MujocoRobot(robots.make("pointmaze-umaze"), seed=4, barriers=b, now=clock.now) for b in ([limit], []))
+    for each in (robot, free):
+        each.connect()
+        push(each, 1.0, 0.0)
+    clock.advance(0.05)
+    observation = robot.get_observation()
+    free.get_observation()
+    speed = observation["vx"]
+    assert speed > 0.1
+    assert robot.worst_margin == pytest.approx(0.1 - speed, abs=1e-6)
+    assert free.worst_margin is None
 
 
 def test_physics_follows_the_clock_and_not_the_calls(clock):
