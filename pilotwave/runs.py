@@ -171,6 +171,8 @@ def guard(cfg: DictConfig, task: Any) -> Any:
 
     further = [*plain(cfg.barriers), *settings.pop("barriers")]
     barriers = [*task.barriers, *build(further, task.spec.observation_dim)]
+    if not barriers and not task.spec.hazards:
+        raise UserError(f"{task.spec.name} has no barriers to hold; add barriers=[...], or take a task that has some")
     return FILTERS[settings.pop("name")](cfg, task, barriers, settings)
 
 
@@ -187,8 +189,6 @@ def _peak(cfg: DictConfig, task: Any, barriers: list[Any], settings: dict[str, A
     from robots.peak_filter import PeakFilter, for_task
 
     model = for_task(cfg.task.get("checkpoints_of") or task.spec.name, settings.pop("model"))
-    if not barriers:
-        raise UserError(f"{task.spec.name} has no barriers; add filter.barriers, or roll out under a roof (task=hopper-roof)")
     return PeakFilter(model, barriers, **settings)
 
 

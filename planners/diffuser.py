@@ -436,6 +436,8 @@ class Diffuser(Algorithm):
 
             planner = SafeDiffuser(self, safety, margin=margin, places=Places.beside(self.origin) if places else None)
             built = build(barriers, self.spec.observation_dim)
+            if not built and not task_spec.hazards:
+                raise UserError(f"{task_spec.name} has no hazards to plan past; add barriers=[...], or take a task that has some")
             return SafeController(planner, task_spec, settings, barriers=built, seed=seed, **control)
         refuse_unheld(
             "ros, res, tvs or correct", margin=margin is not None, barriers=barriers, model=model, rising=rising is not None

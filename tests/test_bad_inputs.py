@@ -124,6 +124,7 @@ def test_wrong_feature_count_for_a_task(refused, tmp_path):
         ("task=pointmaze-larg", "pointmaze-large"),
         ("planner=difuser", "diffuser"),
         ("planner.horizn=8", "planner.horizon"),
+        ("planner.control.track=pdd", "pd"),
         ("trian.steps=1", "train"),
         ("train.stesp=1", "train.steps"),
     ],
@@ -168,7 +169,14 @@ def test_unknown_sampler_and_keys_of_a_rollout(refused, trained, word, right):
     ],
 )
 def test_settings_of_safety_that_cannot_be(refused, trained, word, said):
-    assert said in refused("rollout", trained, "filter.active=true", "controller.safety=correct", word)
+    held = "=[{shape: box, low: [1, 1], high: [2, 2]}]"
+    safe = ["filter.active=true", "controller.safety=correct", "controller.barriers" + held, "filter.barriers" + held]
+    assert said in refused("rollout", trained, *safe, word)
+
+
+def test_safety_with_nothing_to_hold(refused, trained):
+    assert "pointmaze-umaze has no hazards to plan past; add barriers=" in refused("rollout", trained, "controller.safety=correct")
+    assert "pointmaze-umaze has no barriers to hold; add barriers=" in refused("rollout", trained, "filter.active=true")
 
 
 def test_a_checkpoint_of_another_task(refused, trained):

@@ -43,6 +43,9 @@ def run(overrides: Sequence[str]) -> None:
     if task is not None and settings.get("feasibility") and not {"margin", "cost"} & store.columns.keys():
         add_margins(store, task, options)
     algorithm = offline.build(kind, name, spec, settings, cfg.seed)
+    drive = getattr(algorithm, "controller", None)
+    if facts is not None and drive is not None:
+        drive(facts)  # settings that could not drive its robot are refused now, not at the first roll-out
     about = {"task_options": facts.options} if facts else {}
     about |= {"data": str(cfg.data)}
     card = {**about, "command": shlex.join(["pilotwave", "train", *overrides]), **provenance()}
