@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCKS := requirements.lock requirements-nodeps.lock
+WORKERS := 2
 
 .PHONY: setup test test-all lint demo bench clean
 .DELETE_ON_ERROR:
@@ -25,10 +26,10 @@ $(STAMP): $(LOCKS) pyproject.toml
 	@touch $@
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-all: setup
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ''
 
 lint: setup
 	$(BIN)/ruff check .
