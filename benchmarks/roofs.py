@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a robot, what drives it (the end of a checkpoint's name), its controller's settings, and whether it is filtered."""
+    """A robot, what drives it (the end of a checkpoint's name), its controller's settings, and its filter's, None without."""
 
     name: str
     robot: str
     run: str
     controller: dict[str, Any] = field(default_factory=dict)
-    filtered: bool = False
+    filter: dict[str, Any] | None = None
 
 
 QUALITIES = [
@@ -40,7 +40,7 @@ QUALITIES = [
 ROWS = [
     Row(
         f"{robot}, {quality}, {'drawn' if explore else 'mean'}{', filter' if filtered else ''}",
-        robot, "behaviour", {"quality": quality, "explore": explore}, filtered,
+        robot, "behaviour", {"quality": quality, "explore": explore}, {} if filtered else None,
     )
     for robot, quality, explore in QUALITIES
     for filtered in (False, True)
@@ -48,13 +48,14 @@ ROWS = [
 PLANNERS = [("hopper", "Diffuser"), ("hopper", "Veteran"), ("hopper", "Trajectory Diffuser")]
 PLANNERS += [("walker2d", "Veteran"), ("walker2d", "Trajectory Diffuser")]
 SAFE = {"hopper": {"margin": 0.0, "samples": 32}, "walker2d": {"margin": 0.01}}
+FILTER: dict[str, dict[str, Any]] = {"hopper": {"rising": 1.6}, "walker2d": {}}  # over planners
 ROWS += [
     Row(
-        f"{robot}, {name}{', safe plans' if safe else ''}{', filter' if filtered else ''}",
-        robot, name.lower().replace(" ", "-"), safe, filtered,
+        f"{robot}, {name}{', safe plans' if safe else ''}{'' if filter is None else ', filter'}",
+        robot, name.lower().replace(" ", "-"), safe, filter,
     )
     for robot, name in PLANNERS
-    for safe, filtered in (({}, False), ({"safety": "correct"} | SAFE[robot], False), ({}, True))
+    for safe, filter in (({}, None), ({"safety": "correct"} | SAFE[robot], None), ({}, FILTER[robot]))
 ]  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def measure(row: Row, episodes: int, seed: int) -> dict[str, Any]:
     learned = load(ROOT / "checkpoints" / f"{row.robot}-{row.run}")
     model = ROOT / "checkpoints" / f"{row.robot}-control-affine"
     options = row.controller | ({"model": str(model)} if "safety" in row.controller else {})
-    guard = PeakFilter(for_task(row.robot, model), task.barriers) if row.filtered else None
+    guard = None if row.filter is None else PeakFilter(for_task(row.robot, model), task.barriers, **row.filter)
     metrics = rollout(task, learned.controller(task.spec, seed=seed, **options), episodes, seed, num_envs=episodes, guard=guard)
     return {
         "episodes": episodes,
