@@ -10,7 +10,8 @@
 
 Each row is one `pilotwave rollout`, whose command is written beside its figures. --train runs the command on the checkpoint's
 card once more with seed=N, into runs/planners/CHECKPOINT-seedN (it goes on where it was stopped), and rolls that out
-too; the table then shows the mean over training seeds and its range. --decisions is for an idle machine, so that times can be
+too; the table then shows the mean over training seeds and its range; with --compile the networks are compiled (a quarter
+faster on a CPU, needs g++; the same up to rounding). --decisions is for an idle machine, so that times can be
 compared. --replanning gives the second table: decisions at every step, every 16 steps and once, in 50 episodes of the
 medium maze a row. --selection gives the third: one Diffuser's plans as drawn, guided by its value network, chosen by it, and both.
 """
@@ -69,13 +70,13 @@ def rollout(run: Path, *settings: str) -> dict[str, Any]:
     return figures | {key: card[key] for key in ("parameters", "steps", "training_seconds")}
 
 
-def train_again(checkpoint: Path, seed: int) -> Path:
-    """The run of the checkpoint's own command with another seed."""
+def train_again(checkpoint: Path, seed: int, *settings: str) -> Path:
+    """The run of the checkpoint's own command with another seed (and settings of how to compute it)."""
     program, command, *words = shlex.split(json.loads((checkpoint / "card.json").read_text())["command"])
     assert (program, command) == ("pilotwave", "train")
     run = ROOT / "runs" / "planners" / f"{checkpoint.name}-seed{seed}"
     words = [word for word in words if not word.startswith(("out=", "seed="))]
-    pilotwave("train", *words, f"seed={seed}", f"out={run.relative_to(ROOT)}")
+    pilotwave("train", *words, *settings, f"seed={seed}", f"out={run.relative_to(ROOT)}")
     return run
 
 
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, nargs="+", default=[], metavar="SEED")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--decisions", action="store_true")
     parser.add_argument("--replanning", action="store_true")
     parser.add_argument("--selection", action="store_true")
@@ -178,6 +180,7 @@ def main() -> None:
         results = measure(options.seed, options.episodes or episodes)
         out.write_text(json.dumps(results, indent=1) + "\n")
     else:
+        compiled = ("train.compile=on",) if options.compile else ()
         common = (f"episodes={options.episodes or 200}", f"seed={options.seed}", "num_envs=100")
         for task in TASKS:
             for planner in PLANNERS:
@@ -192,7 +195,7 @@ def main() -> None:
                     record(out, row, {"decision_ms": timed["decision_ms"]})
                 elif options.train:
                     for seed in options.train:
-                        run = train_again(checkpoint, seed)
+                        run = train_again(checkpoint, seed, *compiled)
                         record(out, row, rollout(run, *common, "timing_decisions=0", *settings), seed)
                 else:
                     record(out, row, rollout(checkpoint, *common, *settings))
