@@ -107,13 +107,16 @@ def writable(path: str | Path) -> Path:
     return target
 
 
-def writable_folder(path: str | Path) -> Path:
-    """The folder, made where it is missing; UserError when nothing can be written in it."""
+def writable_folder(path: str | Path, keep: bool = True) -> Path:
+    """The folder, made where it is missing (unless `keep` is false); UserError when nothing can be written in it."""
     folder = Path(path).expanduser()
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for each in () if keep else missing:
+            each.rmdir()
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot write into the folder {folder}: {reason}; choose another place") from error

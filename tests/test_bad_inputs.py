@@ -130,7 +130,10 @@ def test_wrong_feature_count_for_a_task(refused, tmp_path):
     ],
 )
 def test_unknown_task_planner_and_key(refused, data, tmp_path, word, right):
-    assert f"did you mean '{right}'?" in train(refused, data, tmp_path / "run", word)
+    said = train(refused, data, tmp_path / "runs" / "run", word)
+    assert f"did you mean '{right}'?" in said
+    assert "control.track" not in word or "unknown planner.control.track" in said
+    assert not (tmp_path / "runs").exists()  # nothing is left of a run that never began
 
 
 @pytest.mark.parametrize(

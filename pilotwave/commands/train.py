@@ -25,7 +25,7 @@ def run(overrides: Sequence[str]) -> None:
     settings = plain(cfg[kind])
     name = str(settings.get("name"))
     task, options = task_options(cfg) if cfg.task.name else (None, {})
-    out = writable_folder(cfg.out or f"runs/{task or 'own'}-{name.replace('_', '-')}")
+    out = writable_folder(cfg.out or f"runs/{task or 'own'}-{name.replace('_', '-')}", keep=False)
     if cfg.json is not None:
         writable(cfg.json)
 
@@ -45,7 +45,10 @@ def run(overrides: Sequence[str]) -> None:
     algorithm = offline.build(kind, name, spec, settings, cfg.seed)
     drive = getattr(algorithm, "controller", None)
     if facts is not None and drive is not None:
-        drive(facts)  # settings that could not drive its robot are refused now, not at the first roll-out
+        try:
+            drive(facts)  # settings that could not drive its robot are refused now, not at the first roll-out
+        except UserError as error:  # which calls them as a roll-out does
+            raise UserError(str(error).replace("controller.", f"{kind}.control.")) from error
     about = {"task_options": facts.options} if facts else {}
     about |= {"data": str(cfg.data)}
     card = {**about, "command": shlex.join(["pilotwave", "train", *overrides]), **provenance()}
