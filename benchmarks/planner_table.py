@@ -10,8 +10,8 @@
 
 Each row is one `pilotwave rollout`, whose command is written beside its figures. --train runs the command on the checkpoint's
 card once more with seed=N, into runs/planners/CHECKPOINT-seedN (it goes on where it was stopped), and rolls that out
-too; the table then shows the mean over training seeds and its range; with --compile the networks are compiled (a quarter
-faster on a CPU, needs g++; the same up to rounding). --decisions is for an idle machine, so that times can be
+too; the table then shows the mean over training seeds and its range; with --compile the networks are compiled (needs
+g++; the same up to rounding). --decisions is for an idle machine, so that times can be
 compared. --replanning gives the second table: decisions at every step, every 16 steps and once, in 50 episodes of the
 medium maze a row. --selection gives the third: one Diffuser's plans as drawn, guided by its value network, chosen by it, and both.
 """
@@ -71,7 +71,7 @@ def rollout(run: Path, *settings: str) -> dict[str, Any]:
 
 
 def train_again(checkpoint: Path, seed: int, *settings: str) -> Path:
-    """The run of the checkpoint's own command with another seed (and settings of how to compute it)."""
+    """The run of the checkpoint's own command with another seed and `settings` besides, such as train.compile=on."""
     program, command, *words = shlex.split(json.loads((checkpoint / "card.json").read_text())["command"])
     assert (program, command) == ("pilotwave", "train")
     run = ROOT / "runs" / "planners" / f"{checkpoint.name}-seed{seed}"
