@@ -14,6 +14,7 @@ too; the table then shows the mean over training seeds and its range; with --com
 g++; the same up to rounding). --decisions is for an idle machine, so that times can be
 compared. --replanning gives the second table: decisions at every step, every 16 steps and once, in 50 episodes of the
 medium maze a row. --selection gives the third: one Diffuser's plans as drawn, guided by its value network, chosen by it, and both.
+(A planners.py here would hide the package `planners` from its neighbours.)
 """
 
 from __future__ import annotations
