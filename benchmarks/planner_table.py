@@ -3,7 +3,7 @@
     python benchmarks/planner_table.py                                        # all of them: 200 episodes, seed 0
     python benchmarks/planner_table.py giant veteran                          # those whose name holds one of the words
     python benchmarks/planner_table.py medium --train 1 2                     # further training seeds of these rows
-    python benchmarks/planner_table.py --decisions                            # the time of a decision alone, of all rows
+    python benchmarks/planner_table.py --decisions                            # the time of a decision alone, all rows
     python benchmarks/planner_table.py giant --episodes 50 --seed 20000 --out /tmp/tuning.json
     python benchmarks/planner_table.py --replanning                           # how often to decide, medium maze
     python benchmarks/planner_table.py --selection                            # guidance against a choice, locomotion
@@ -11,9 +11,9 @@
 Each row is one `pilotwave rollout`, whose command is written beside its figures. --train runs the command on the checkpoint's
 card once more with seed=N, into runs/planners/CHECKPOINT-seedN (it goes on where it was stopped), and rolls that out
 too; the table then shows the mean over training seeds and its range; with --compile the networks are compiled (needs
-g++; the same up to rounding). --decisions is for an idle machine, so that times can be
-compared. --replanning gives the second table: decisions at every step, every 16 steps and once, in 50 episodes of the
-medium maze a row. --selection gives the third: one Diffuser's plans as drawn, guided by its value network, chosen by it, and both.
+g++; the same up to rounding). --decisions is for an idle machine, so that times can be compared: three rounds over all rows, 10
+decisions each, of which a row's fastest round counts, for what else a machine does only adds. --replanning gives the second table:
+decisions at every step, every 16 steps and once, in 50 episodes of the medium maze a row. --selection gives the third: one Diffuser's plans as drawn, guided by its value network, chosen by it, and both.
 (A planners.py here would hide the package `planners` from its neighbours.)
 """
 
@@ -51,6 +51,7 @@ SELECTION = {  # controller.guidance, controller.samples
     "best of 16": (0.0, 16),
     "guided, best of 16": (0.1, 16),
 }
+ROUNDS = 3  # of timing decisions
 REPLANNING = {"every step": 1, "every 16 steps": 16, "once": 0}
 
 
@@ -183,6 +184,7 @@ def main() -> None:
     else:
         compiled = ("train.compile=on",) if options.compile else ()
         common = (f"episodes={options.episodes or 200}", f"seed={options.seed}", "num_envs=100")
+        timed: list[tuple[str, Path, list[str]]] = []
         for task in TASKS:
             for planner in PLANNERS:
                 trained, *settings = VARIANTS.get(planner, (planner,))
@@ -192,14 +194,19 @@ def main() -> None:
                 if (options.decisions or options.train) and row not in record(out):
                     continue
                 if options.decisions:
-                    timed = rollout(checkpoint, "episodes=1", "horizon=1", f"seed={options.seed}", *settings)
-                    record(out, row, {"decision_ms": timed["decision_ms"]})
+                    timed.append((row, checkpoint, settings))
                 elif options.train:
                     for seed in options.train:
                         run = train_again(checkpoint, seed, *compiled)
                         record(out, row, rollout(run, *common, "timing_decisions=0", *settings), seed)
                 else:
                     record(out, row, rollout(checkpoint, *common, *settings))
+        fastest: dict[str, Any] = {}
+        for row, checkpoint, settings in ROUNDS * timed:
+            one = rollout(checkpoint, "episodes=1", "horizon=1", f"seed={options.seed}", "timing_decisions=10", *settings)
+            fastest[row] = min(one["decision_ms"], fastest.get(row, one["decision_ms"]), key=lambda ms: ms["p50"])
+        for row, ms in fastest.items():
+            record(out, row, {"decision_ms": ms})
         results, as_table = record(out), table
     text = as_table(results)
     print(text)
