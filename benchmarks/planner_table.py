@@ -13,8 +13,9 @@ card once more with seed=N, into runs/planners/CHECKPOINT-seedN (it goes on wher
 too; the table then shows the mean over training seeds and its range; with --compile the networks are compiled (needs
 g++; the same up to rounding). --decisions is for an idle machine, so that times can be compared: three rounds over all rows, 10
 decisions each, of which a row's fastest round counts, for what else a machine does only adds. --replanning gives the second table:
-decisions at every step, every 16 steps and once, in 50 episodes of the medium maze a row. --selection gives the third: one Diffuser's plans as drawn, guided by its value network, chosen by it, and both.
-(A planners.py here would hide the package `planners` from its neighbours.)
+decisions at every step, every 16 steps and once, in 50 episodes of the medium maze a row. --selection gives the third: one
+Diffuser's plans as drawn, guided by its value network, chosen by it, and both. (A planners.py here would hide the package
+`planners` from its neighbours.)
 """
 
 from __future__ import annotations
