@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", default="", help="words, separated by +; rows whose name holds one of them")
+    parser.add_argument("--exact", action="store_true", help="--rows are whole names: 'moving, correct' without its filter's row")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--run", default=RUN, help="its {maze} is large, or medium for two robots")
     parser.add_argument("--plans", type=int, default=20, help="plans timed; 0: none")
@@ -207,7 +208,8 @@ def main() -> None:
     if options.filter:
         print(json.dumps(filter_times()))
         return
-    rows = [row for row in ROWS if any(word in row.name for word in options.rows.split("+"))]
+    words = options.rows.split("+")
+    rows = [row for row in ROWS if (row.name in words if options.exact else any(word in row.name for word in words))]
     times = plan_times(options.run, options.plans) if options.plans else {}
     error = tracking_error(options.run, options.strays, options.seed) if options.strays else {}
     parts: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
